@@ -1,0 +1,29 @@
+"""Low-rank optimizers for large language models that run at the speed of the memory bus.
+
+>>> from galore_kernels import GaLoreFusedAdam8bit
+>>> optimizer = GaLoreFusedAdam8bit(model.parameters(), rank=128)  # a torch.optim.Optimizer
+"""
+
+from galore_kernels import backends, checkpoint, ops
+from galore_kernels._native import build_info as _build_info
+from galore_kernels.ops import backend_info
+from galore_kernels.optim import (
+    GaLoreFusedAdam8bit,
+    GaLoreFusedAdamW,
+    NonFiniteGradientWarning,
+    galore_param_groups,
+)
+
+__version__: str = _build_info()["version"]
+
+__all__ = [
+    "GaLoreFusedAdam8bit",
+    "GaLoreFusedAdamW",
+    "NonFiniteGradientWarning",
+    "__version__",
+    "backend_info",
+    "backends",
+    "checkpoint",
+    "galore_param_groups",
+    "ops",
+]

@@ -1,0 +1,235 @@
+"""The native CPU backend: threaded, vectorised C++ (``csrc/cpu``), reached through addresses and sizes.
+
+Scratch memory is allocated here, before anything is changed; the C++ stages themselves allocate nothing that could
+fail half-way. Weights that are not contiguous are updated in a copy and written back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_kernels import _native
+from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.projection import long_short
+from galore_kernels.ops.registry import Backend, register
+from galore_kernels.quantizers import block_count
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SIDE_CODES = {"right": 0, "left": 1}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _typed(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype]
+
+
+def _inverse_grad_scale(options: AdamOptions) -> float:
+    return 1.0 if options.grad_scale is None else 1.0 / float(options.grad_scale)
+
+
+def _scalars(state: AdamState, options: AdamOptions, inv_grad_scale: float) -> dict[str, Any]:
+    return {
+        "lr": float(options.lr),
+        "beta1": options.beta1,
+        "beta2": options.beta2,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+        "step": int(state.step),
+        "inv_grad_scale": inv_grad_scale,
+        "maximize": options.maximize,
+    }
+
+
+def _moments(state: AdamState) -> tuple[int, int, int, int]:
+    return (
+        _address(state.exp_avg),
+        _address(state.exp_avg_sq),
+        _address(state.exp_avg_absmax),
+        _address(state.exp_avg_sq_absmax),
+    )
+
+
+def _found_inf(options: AdamOptions) -> bool:
+    return options.found_inf is not None and float(options.found_inf) != 0.0
+
+
+def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    absmax = torch.empty(block_count(x.numel()), dtype=torch.float32)
+    _native.quantize_blockwise(
+        *_typed(x), x.numel(), signed, _address(codes), _address(absmax), torch.get_num_threads()
+    )
+    return codes, absmax
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    values = torch.empty(codes.shape, dtype=torch.float32)
+    _native.dequantize_blockwise(
+        _address(codes), _address(absmax), codes.numel(), signed, _address(values), torch.get_num_threads()
+    )
+    return values
+
+
+def adam8bit_update(param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
+    if _found_inf(options):
+        return
+    weight, grad, threads = param.contiguous(), grad.contiguous(), torch.get_num_threads()
+    inv_grad_scale = _inverse_grad_scale(options)
+    if not _native.all_representable(*_typed(grad), grad.numel(), inv_grad_scale, threads):
+        state.skipped += 1
+        return
+    _native.adam_update(
+        *_typed(weight),
+        *_typed(grad),
+        *_moments(state),
+        weight.numel(),
+        **_scalars(state, options, inv_grad_scale),
+        rounding_seed=options.rounding_seed,
+        threads=threads,
+    )
+    _finish(param, weight, state)
+
+
+def _finish(param: Tensor, weight: Tensor, state: AdamState) -> None:
+    if weight.data_ptr() != param.data_ptr():
+        param.copy_(weight)
+    state.step += 1
+
+
+def galore_update(
+    param: Tensor,
+    grad: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    state: AdamState,
+    options: AdamOptions,
+    side: str,
+    scale: float,
+) -> None:
+    if _found_inf(options):
+        return
+    grad, threads = grad.contiguous(), torch.get_num_threads()
+    rows, cols = param.shape
+    rank = basis.shape[1]
+    lowrank = torch.empty((long_short((rows, cols), side)[0], rank), dtype=torch.float32)
+    workspace = _workspace(rows, cols, rank, side, threads)
+    representable = _native.project(
+        *_typed(grad),
+        rows,
+        cols,
+        _SIDE_CODES[side],
+        *_typed(basis),
+        rank,
+        _address(lowrank),
+        _inverse_grad_scale(options),
+        _address(workspace),
+        threads,
+    )
+    if long_basis is not None:
+        lowrank = long_basis.float().T @ lowrank
+        representable = _representable(lowrank, threads)
+    if not representable:
+        state.skipped += 1
+        return
+    _update_weight(param, lowrank, basis, long_basis, state, options, side, scale, workspace, threads)
+
+
+def lowrank_update(
+    param: Tensor,
+    lowrank_grad: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    state: AdamState,
+    options: AdamOptions,
+    side: str,
+    scale: float,
+) -> None:
+    if _found_inf(options):
+        return
+    threads = torch.get_num_threads()
+    rows, cols = param.shape
+    workspace = _workspace(rows, cols, basis.shape[1], side, threads)
+    lowrank = lowrank_grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    inv_grad_scale = _inverse_grad_scale(options)
+    if inv_grad_scale != 1.0:
+        lowrank *= inv_grad_scale
+    if not _representable(lowrank, threads):
+        state.skipped += 1
+        return
+    _update_weight(param, lowrank, basis, long_basis, state, options, side, scale, workspace, threads)
+
+
+def _workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
+    size = _native.workspace_bytes(rows, cols, rank, _SIDE_CODES[side], threads)
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _representable(lowrank: Tensor, threads: int) -> bool:
+    return bool(_native.all_representable(*_typed(lowrank), lowrank.numel(), 1.0, threads))
+
+
+def _update_weight(
+    param: Tensor,
+    lowrank: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    state: AdamState,
+    options: AdamOptions,
+    side: str,
+    scale: float,
+    workspace: Tensor,
+    threads: int,
+) -> None:
+    """Adam on the projected gradient (which becomes the update, in place), then back-projection into the weight."""
+    weight = param.contiguous()
+    direction = lowrank
+    if long_basis is not None:
+        # The moments may only change once the memory for what follows is there.
+        wide = long_basis.float()
+        direction = torch.empty((wide.shape[0], lowrank.shape[1]), dtype=torch.float32)
+    scalars = _scalars(state, options, 1.0)
+    _native.lowrank_adam(_address(lowrank), lowrank.numel(), *_moments(state), **scalars, threads=threads)
+    if long_basis is not None:
+        torch.mm(wide, lowrank, out=direction)
+    rows, cols = param.shape
+    _native.back_project_update(
+        *_typed(weight),
+        rows,
+        cols,
+        _SIDE_CODES[side],
+        _address(direction),
+        *_typed(basis),
+        basis.shape[1],
+        scale,
+        **scalars,
+        rounding_seed=options.rounding_seed,
+        workspace=_address(workspace),
+        threads=threads,
+    )
+    _finish(param, weight, state)
+
+
+def _refuses(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"it serves cpu tensors only, not {device}"
+
+
+register(
+    Backend(
+        name="cpu",
+        kernels={
+            "quantize_blockwise": quantize_blockwise,
+            "dequantize_blockwise": dequantize_blockwise,
+            "adam8bit_update": adam8bit_update,
+            "galore_update": galore_update,
+            "lowrank_update": lowrank_update,
+        },
+        refuses=_refuses,
+        describe=_native.build_info,
+    )
+)

@@ -1,0 +1,118 @@
+"""What ``galore_update`` and ``lowrank_update`` share: the orientation, the checks and the registration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_kernels.ops import registry
+from galore_kernels.ops.adam import (
+    OPTIONS_SCHEMA,
+    STATE_SCHEMA,
+    WEIGHT_DTYPES,
+    AdamOptions,
+    AdamState,
+    bundle,
+    check_adam,
+    check_tensor,
+    check_weight,
+)
+from galore_kernels.ops.library import define
+
+SIDES = ("left", "right")
+
+
+def long_short(shape: tuple[int, ...], side: str) -> tuple[int, int]:
+    """(L, S) of an (m, n) matrix: ``right`` projects the n columns, ``left`` the m rows."""
+    rows, cols = shape
+    return (rows, cols) if side == "right" else (cols, rows)
+
+
+def check_projection(
+    op: str, param: Tensor, basis: Tensor, long_basis: Tensor | None, side: str, scale: float
+) -> tuple[int, int]:
+    """Raises ValueError unless the projection fits the weight. Returns the shape of the low-rank gradient."""
+    if param.dim() != 2:
+        raise ValueError(
+            f"{op}: param must be a matrix, got {param.dim()} dimensions; view it as (m, n), or use adam8bit_update"
+        )
+    if side not in SIDES:
+        raise ValueError(f"{op}: side must be one of {', '.join(SIDES)}, got {side!r}; choose one of them")
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite, got {scale}; GaLore's default is 0.25")
+    long, short = long_short(tuple(param.shape), side)
+    device = param.device
+    check_tensor(op, "basis", basis, device=device, dtypes=WEIGHT_DTYPES, contiguous=True)
+    if basis.dim() != 2 or basis.shape[0] != short or basis.shape[1] < 1:
+        raise ValueError(
+            f"{op}: basis must have the shape ({short}, rank) on side {side!r} of a {tuple(param.shape)} weight, "
+            f"got {tuple(basis.shape)}; pass the basis of this weight"
+        )
+    if long_basis is None:
+        return long, basis.shape[1]
+    check_tensor(op, "long_basis", long_basis, device=device, dtypes=WEIGHT_DTYPES, contiguous=True)
+    if long_basis.dim() != 2 or long_basis.shape[0] != long or long_basis.shape[1] < 1:
+        raise ValueError(
+            f"{op}: long_basis must have the shape ({long}, rank), got {tuple(long_basis.shape)}; "
+            "pass the basis of this weight's other side, or None"
+        )
+    return long_basis.shape[1], basis.shape[1]
+
+
+def define_projected_update(name: str, grad_argument: str) -> None:
+    """Registers ``galore_kernels::name``, whose gradient is (m, n) if called ``grad``, else (L, r)."""
+
+    def check(
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        state: AdamState,
+        options: AdamOptions,
+        side: str,
+        scale: float,
+    ) -> None:
+        check_weight(name, param)
+        lowrank_shape = check_projection(name, param, basis, long_basis, side, scale)
+        shape = tuple(param.shape) if grad_argument == "grad" else lowrank_shape
+        check_tensor(name, grad_argument, grad, device=param.device, dtypes=WEIGHT_DTYPES, shape=shape)
+        check_adam(name, param, math.prod(lowrank_shape), state, options)
+
+    def run(
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        *state_tensors: Any,
+        side: str,
+        scale: float,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        state, bundled = bundle(*state_tensors, **options)
+        check(param, grad, basis, long_basis, state, bundled, side, scale)
+        kernel = registry.kernel(name, backend, param.device)
+        kernel(param, grad, basis, long_basis, state, bundled, side, scale)
+        torch.autograd.graph.increment_version(param)
+
+    def fake(
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        *state_tensors: Any,
+        side: str,
+        scale: float,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        check(param, grad, basis, long_basis, *bundle(*state_tensors, **options), side, scale)
+
+    schema = (
+        f"(Tensor(a!) param, Tensor {grad_argument}, Tensor basis, Tensor? long_basis, {STATE_SCHEMA}, *, "
+        f"str side, float scale, {OPTIONS_SCHEMA}) -> ()"
+    )
+    define(name, schema, run, fake)

@@ -1,0 +1,140 @@
+"""The options of a parameter group: defaults, validation, and which parameters they project.
+
+The keys are galore_torch's (``rank``, ``update_proj_gap``, ``scale``, ``proj_type``) and torch.optim's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_kernels.ops.adam import WEIGHT_DTYPES
+from galore_kernels.subspace import PROJ_TYPES, REFRESH_METHODS, projection_side
+
+#: Options that decide the shape of the state; a checkpoint must have been made with the same ones.
+STRUCTURAL = ("rank", "proj_type", "project_nd")
+
+KNOWN = (
+    "params",
+    "param_names",
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "rank",
+    "update_proj_gap",
+    "scale",
+    "proj_type",
+    "refresh_method",
+    "stochastic_rounding",
+    "maximize",
+    "project_nd",
+    "rank_is_explicit",
+)
+
+
+def _number(value: object) -> float | None:
+    """``value`` as a float if it is a real number (a 0-d tensor counts), else None."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def _expect(where: str, key: str, value: object, ok: bool, expected: str, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}={value!r} in {where}: expected {expected}; {remedy}")
+
+
+def _expect_number(where: str, group: Mapping[str, Any], key: str, *, positive: bool, remedy: str) -> None:
+    number = _number(group[key])
+    bound = "> 0" if positive else ">= 0"
+    ok = number is not None and math.isfinite(number) and (number > 0 if positive else number >= 0)
+    _expect(where, key, group[key], ok, f"a finite number {bound}", remedy)
+
+
+def _expect_count(where: str, group: Mapping[str, Any], key: str, remedy: str) -> None:
+    value = group[key]
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _expect(where, key, value, ok, "an integer >= 1", remedy)
+
+
+def _expect_choice(where: str, group: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> None:
+    value = group[key]
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    remedy = f'did you mean "{close[0]}"?' if close else "choose one of them"
+    _expect(where, key, value, value in choices, f"one of {', '.join(choices)}", remedy)
+
+
+def check_scheduled(group: Mapping[str, Any], where: str) -> None:
+    """Checks what a scheduler may have changed since the group was made. Raises ValueError naming key and group."""
+    _expect_number(where, group, "lr", positive=False, remedy="1e-3 to 1e-2 are usual for GaLore")
+    betas = group["betas"]
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    numbers = [_number(b) for b in betas] if pair else []
+    ok = pair and all(b is not None and 0.0 <= b < 1.0 for b in numbers)
+    _expect(where, "betas", betas, ok, "two numbers in [0, 1)", "(0.9, 0.999) is usual")
+    _expect_number(where, group, "eps", positive=False, remedy="1e-8 is usual")
+    _expect_number(where, group, "weight_decay", positive=False, remedy="0 turns it off")
+    _expect_number(where, group, "scale", positive=True, remedy="0.25 is GaLore's default")
+    _expect_count(where, group, "update_proj_gap", "200 is GaLore's default")
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Checks every option of a complete group. Raises ValueError naming the key, the group and the remedy."""
+    for key in group:
+        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.85)
+        if key not in KNOWN and close:
+            raise ValueError(f'unknown key "{key}" in {where}: did you mean "{close[0]}"?')
+    check_scheduled(group, where)
+    if group["rank"] is not None:
+        _expect_count(where, group, "rank", "rank=None keeps the group at full rank")
+    _expect_choice(where, group, "proj_type", PROJ_TYPES)
+    _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
+    for key in ("stochastic_rounding", "maximize", "project_nd"):
+        _expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
+
+
+def check_param(param: object, name: str) -> None:
+    """Raises TypeError or ValueError unless ``param`` is a tensor that can be optimized."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(param).__name__}; pass model.parameters()")
+    if param.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense parameter, got {param.layout}; call .to_dense()")
+    if param.dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"{name}: expected float32, bfloat16 or float16, got {param.dtype}; "
+            "convert it, or give it to another optimizer"
+        )
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """A tensor of two or more dimensions seen as a matrix: the first against all others, as convolutions are."""
+    return shape[0], math.prod(shape[1:])
+
+
+def projected_rank(param: Tensor, group: Mapping[str, Any]) -> int | None:
+    """The rank ``param`` is projected to, or None if it takes full-rank Adam.
+
+    Matrices (and, with ``project_nd``, tensors of more dimensions) are projected. Where the group itself named its
+    rank, all of them are, the rank clamped to min(m, n) as galore_torch does; where it inherited the constructor's,
+    those with min(m, n) > rank.
+    """
+    rank = group["rank"]
+    if rank is None or param.numel() == 0 or not (param.dim() == 2 or (param.dim() > 2 and group["project_nd"])):
+        return None
+    smaller = min(matrix_shape(param.shape))
+    if group["rank_is_explicit"]:
+        return min(int(rank), smaller)
+    return int(rank) if smaller > rank else None
+
+
+def side_of(param: Tensor, group: Mapping[str, Any]) -> str:
+    """"left", "right" or "full" for a projected parameter."""
+    return projection_side(group["proj_type"], *matrix_shape(param.shape))

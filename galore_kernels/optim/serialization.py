@@ -1,0 +1,128 @@
+"""Optimizer state dicts: what is added on the way out, what is checked on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from galore_kernels.optim.checksum import state_checksum
+from galore_kernels.optim.options import STRUCTURAL, check_group
+from galore_kernels.optim.state import Layout, check_state
+
+FORMAT_VERSION = 1
+HEADER = "galore_kernels"
+
+NamedParams = list[tuple[int, str, Tensor, dict[str, Any]]]
+
+
+def add_header(state_dict: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    """Adds the format version, the optimizer's name and a checksum per parameter under the key "galore_kernels"."""
+    checksums = {index: state_checksum(state) for index, state in state_dict["state"].items()}
+    state_dict[HEADER] = {"format_version": FORMAT_VERSION, "optimizer": optimizer, "checksums": checksums}
+    return state_dict
+
+
+def checked(
+    state_dict: Mapping[str, Any],
+    optimizer: str,
+    groups: list[dict[str, Any]],
+    params: NamedParams,
+    layout_of: Callable[[Tensor, dict[str, Any]], Layout],
+) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
+    """The state by parameter (copied to its device) and the groups of a state dict that passes every check.
+
+    Raises ValueError otherwise; see ``GaLoreFusedAdam8bit.load_state_dict``. Changes nothing.
+    """
+    checksums = _check_header(state_dict, optimizer)
+    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    new_groups = _check_groups(saved_groups, groups)
+    indices = [index for group in saved_groups for index in group["params"]]
+    if not set(saved_state) <= set(indices) or set(checksums) != set(saved_state):
+        raise ValueError("state_dict: its state does not belong to its param_groups; the checkpoint is damaged")
+    state: dict[Tensor, dict[str, Any]] = {}
+    for saved_index, (_, name, param, group) in zip(indices, params, strict=True):
+        if saved_index not in saved_state:
+            continue
+        entry = saved_state[saved_index]
+        check_state(entry, param, layout_of(param, group), name)
+        if state_checksum(entry) != checksums[saved_index]:
+            raise ValueError(f"{name}: its state does not match its checksum; go back to an earlier checkpoint")
+        state[param] = {
+            key: value.detach().to(param.device, copy=True).contiguous() if isinstance(value, Tensor) else value
+            for key, value in entry.items()
+        }
+    return state, new_groups
+
+
+def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any, int]:
+    missing = [key for key in ("state", "param_groups", HEADER) if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"state_dict: the keys {missing} are missing; it was not saved by galore_kernels' state_dict(), or not whole"
+        )
+    header = state_dict[HEADER]
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"state_dict: format version {version!r}, this release reads {FORMAT_VERSION}; "
+            "load it with the release that saved it"
+        )
+    if header.get("optimizer") != optimizer:
+        raise ValueError(f"state_dict: saved by {header.get('optimizer')}, not {optimizer}; construct that optimizer")
+    checksums = header.get("checksums")
+    if not isinstance(checksums, Mapping):
+        raise ValueError("state_dict: its checksums are missing; the checkpoint is damaged")
+    return checksums
+
+
+def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in current]:
+        raise ValueError(
+            f"state_dict: param groups of {[len(g['params']) for g in saved]} parameters, the optimizer has "
+            f"{[len(g['params']) for g in current]}; build it with the same groups as when it was saved"
+        )
+    merged = []
+    for index, (old, new) in enumerate(zip(saved, current, strict=True)):
+        where = f"state_dict, param group {index}"
+        missing = sorted(set(new) - set(old) - {"param_names"})
+        if missing:
+            raise ValueError(f"{where}: the keys {missing} are missing; the checkpoint is incomplete")
+        _check_names(old.get("param_names"), new.get("param_names"), where)
+        for key in STRUCTURAL:
+            if old[key] != new[key]:
+                raise ValueError(
+                    f"{where}: {key}={old[key]!r}, the optimizer was built with {key}={new[key]!r}; "
+                    "the state can't be converted: use the checkpoint's value, or start with fresh state"
+                )
+        options = {key: _copied(value) for key, value in old.items() if key not in ("params", "param_names")}
+        options["rank_is_explicit"] = new["rank_is_explicit"]
+        options["betas"] = tuple(options["betas"])
+        check_group(options, where)
+        kept = {key: new[key] for key in ("params", "param_names") if key in new}
+        merged.append({**kept, **options})
+    return merged
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _check_names(old: list[str] | None, new: list[str] | None, where: str) -> None:
+    """Two layers of one shape that changed places would load without a word; their names tell."""
+    if old is None or new is None:
+        return
+    for position, (saved, here) in enumerate(zip(old, new, strict=True)):
+        if _bare(saved) != _bare(here):
+            raise ValueError(
+                f'{where}: parameter {position} is "{saved}" there and "{here}" here; '
+                "pass the parameters in the order in which they were saved"
+            )
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without the prefixes that DDP and torch.compile put before or into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
