@@ -82,7 +82,7 @@ def adam8bit_update(param: Tensor, grad: Tensor, state: AdamState, options: Adam
     weight, grad, threads = param.contiguous(), grad.contiguous(), torch.get_num_threads()
     inv_grad_scale = _inverse_grad_scale(options)
     if not _native.all_representable(*_typed(grad), grad.numel(), inv_grad_scale, threads):
-        state.skipped += 1
+        state.skipped.add_(1)
         return
     _native.adam_update(
         *_typed(weight),
@@ -99,7 +99,7 @@ def adam8bit_update(param: Tensor, grad: Tensor, state: AdamState, options: Adam
 def _finish(param: Tensor, weight: Tensor, state: AdamState) -> None:
     if weight.data_ptr() != param.data_ptr():
         param.copy_(weight)
-    state.step += 1
+    state.step.add_(1)
 
 
 def galore_update(
@@ -135,7 +135,7 @@ def galore_update(
         lowrank = long_basis.float().T @ lowrank
         representable = _representable(lowrank, threads)
     if not representable:
-        state.skipped += 1
+        state.skipped.add_(1)
         return
     _update_weight(param, lowrank, basis, long_basis, state, options, side, scale, workspace, threads)
 
@@ -160,7 +160,7 @@ def lowrank_update(
     if inv_grad_scale != 1.0:
         lowrank *= inv_grad_scale
     if not _representable(lowrank, threads):
-        state.skipped += 1
+        state.skipped.add_(1)
         return
     _update_weight(param, lowrank, basis, long_basis, state, options, side, scale, workspace, threads)
 

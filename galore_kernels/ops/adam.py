@@ -108,7 +108,13 @@ def check_tensor(
     if tensor.dtype not in dtypes:
         _fail(op, argument, " or ".join(map(str, dtypes)), tensor.dtype, "convert it")
     if shape is not None and tuple(tensor.shape) != shape:
-        _fail(op, argument, f"of shape {shape}", tuple(tensor.shape), "pass the tensor that belongs to this weight")
+        _fail(
+            op,
+            argument,
+            f"of shape {shape}",
+            tuple(tensor.shape),
+            "pass the tensor that belongs to this weight",
+        )
     if contiguous and not tensor.is_contiguous():
         _fail(op, argument, "contiguous", f"strides {tensor.stride()}", "call .contiguous()")
 

@@ -55,9 +55,7 @@ def adam8bit_update(
         ValueError: an argument doesn't fit; the message names it. Nothing has changed.
         RuntimeError: the backend can't serve the device.
     """
-    torch.ops.galore_kernels.adam8bit_update(
-        param, grad, *flat_state(state, options), **flat_options(options, backend)
-    )
+    torch.ops.galore_kernels.adam8bit_update(param, grad, *flat_state(state, options), **flat_options(options, backend))
 
 
 def _check(param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:

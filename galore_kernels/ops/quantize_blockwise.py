@@ -27,7 +27,7 @@ def quantize_blockwise(x: Tensor, signed: bool, *, backend: str = "auto") -> tup
     Raises:
         ValueError: wrong dtype or layout. RuntimeError: the backend can't serve the device.
     """
-    return torch.ops.galore_kernels.quantize_blockwise(x, signed, backend)  # type: ignore[no-any-return]
+    return torch.ops.galore_kernels.quantize_blockwise(x, signed, backend)
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool, *, backend: str = "auto") -> Tensor:
@@ -40,13 +40,13 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool, *, backend
     Returns:
         float32 tensor with the shape of ``codes``.
     """
-    return torch.ops.galore_kernels.dequantize_blockwise(codes, absmax, signed, backend)  # type: ignore[no-any-return]
+    return torch.ops.galore_kernels.dequantize_blockwise(codes, absmax, signed, backend)
 
 
 def _quantize(x: Tensor, signed: bool, backend: str = "auto") -> tuple[Tensor, Tensor]:
     check_tensor("quantize_blockwise", "x", x, device=x.device, dtypes=WEIGHT_DTYPES)
     run = registry.kernel("quantize_blockwise", backend, x.device)
-    return run(x.contiguous(), signed)  # type: ignore[no-any-return]
+    return run(x.contiguous(), signed)
 
 
 def _quantize_fake(x: Tensor, signed: bool, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -58,14 +58,19 @@ def _dequantize(codes: Tensor, absmax: Tensor, signed: bool, backend: str = "aut
     op, device, shape = "dequantize_blockwise", codes.device, (block_count(codes.numel()),)
     check_tensor(op, "codes", codes, device=device, dtypes=(torch.uint8,))
     check_tensor(op, "absmax", absmax, device=device, dtypes=(torch.float32,), shape=shape, contiguous=True)
-    return registry.kernel(op, backend, device)(codes.contiguous(), absmax, signed)  # type: ignore[no-any-return]
+    return registry.kernel(op, backend, device)(codes.contiguous(), absmax, signed)
 
 
 def _dequantize_fake(codes: Tensor, absmax: Tensor, signed: bool, backend: str = "auto") -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
-define("quantize_blockwise", '(Tensor x, bool signed, str backend="auto") -> (Tensor, Tensor)', _quantize, _quantize_fake)
+define(
+    "quantize_blockwise",
+    '(Tensor x, bool signed, str backend="auto") -> (Tensor, Tensor)',
+    _quantize,
+    _quantize_fake,
+)
 define(
     "dequantize_blockwise",
     '(Tensor codes, Tensor absmax, bool signed, str backend="auto") -> Tensor',

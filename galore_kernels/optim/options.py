@@ -136,5 +136,5 @@ def projected_rank(param: Tensor, group: Mapping[str, Any]) -> int | None:
 
 
 def side_of(param: Tensor, group: Mapping[str, Any]) -> str:
-    """"left", "right" or "full" for a projected parameter."""
+    """ "left", "right" or "full" for a projected parameter."""
     return projection_side(group["proj_type"], *matrix_shape(param.shape))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from galore_kernels.optim.checksum import state_checksum
-from galore_kernels.optim.options import STRUCTURAL, check_group
+from galore_kernels.optim.options import KNOWN, STRUCTURAL, check_group
 from galore_kernels.optim.state import Layout, check_state
 
 FORMAT_VERSION = 1
@@ -60,7 +60,7 @@ def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any,
     missing = [key for key in ("state", "param_groups", HEADER) if key not in state_dict]
     if missing:
         raise ValueError(
-            f"state_dict: the keys {missing} are missing; it was not saved by galore_kernels' state_dict(), or not whole"
+            f"state_dict: the keys {missing} are missing; not saved by a galore_kernels optimizer, or not whole"
         )
     header = state_dict[HEADER]
     version = header.get("format_version")
@@ -86,7 +86,7 @@ def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) ->
     merged = []
     for index, (old, new) in enumerate(zip(saved, current, strict=True)):
         where = f"state_dict, param group {index}"
-        missing = sorted(set(new) - set(old) - {"param_names"})
+        missing = [key for key in KNOWN if key in new and key not in old and key != "param_names"]
         if missing:
             raise ValueError(f"{where}: the keys {missing} are missing; the checkpoint is incomplete")
         _check_names(old.get("param_names"), new.get("param_names"), where)
@@ -96,12 +96,11 @@ def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) ->
                     f"{where}: {key}={old[key]!r}, the optimizer was built with {key}={new[key]!r}; "
                     "the state can't be converted: use the checkpoint's value, or start with fresh state"
                 )
-        options = {key: _copied(value) for key, value in old.items() if key not in ("params", "param_names")}
-        options["rank_is_explicit"] = new["rank_is_explicit"]
+        options = {**new, **{key: _copied(value) for key, value in old.items()}}
+        options.update({key: new[key] for key in ("params", "param_names", "rank_is_explicit") if key in new})
         options["betas"] = tuple(options["betas"])
         check_group(options, where)
-        kept = {key: new[key] for key in ("params", "param_names") if key in new}
-        merged.append({**kept, **options})
+        merged.append(options)
     return merged
 
 
@@ -124,5 +123,3 @@ def _check_names(old: list[str] | None, new: list[str] | None, where: str) -> No
 def _bare(name: str) -> str:
     """A parameter's name without the prefixes that DDP and torch.compile put before or into it."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
-
-

@@ -58,8 +58,13 @@ class Layout:
         moments = (rank if both else long, rank)
         return cls(rank, side, bases, moments, eight_bit and math.prod(moments) >= MIN_8BIT_ELEMENTS)
 
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether the tensors of ``state`` have this layout's shapes."""
+        shapes = {"exp_avg": self.moments, **self.bases}
+        return all(key in state and tuple(state[key].shape) == shape for key, shape in shapes.items())
+
     def new_state(self, param: Tensor) -> dict[str, Any]:
-        """A fresh state on the parameter's device. The basis has the parameter's dtype and is zero: not refreshed yet."""
+        """A fresh state on the parameter's device; bases have the parameter's dtype and are zero until refreshed."""
         adam = AdamState.zeros(self.moments, eight_bit=self.eight_bit, device=param.device)
         state: dict[str, Any] = {"step": adam.step, "skipped": adam.skipped}
         for name in (*_MOMENTS, *(_ABSMAX if self.eight_bit else ())):
@@ -125,3 +130,19 @@ def _check_values(key: str, value: Tensor, where: str) -> None:
         raise ValueError(f"{where}: {key} holds negative values; go back to an earlier checkpoint")
     if key == "step" and float(value) != int(value):
         raise ValueError(f"{where}: step is {float(value)}, expected a whole number; the state is damaged")
+
+
+def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
+    """One line of what a group does, for the optimizer's repr."""
+    ranks = sorted({layout.rank for layout in layouts if layout.rank is not None})
+    projected = sum(layout.rank is not None for layout in layouts)
+    parts = []
+    if projected:
+        parts.append(
+            f"{projected} projected to rank {', '.join(map(str, ranks))} ({group['proj_type']}, scale "
+            f"{float(group['scale']):g}, refreshed every {group['update_proj_gap']} steps, {group['refresh_method']})"
+        )
+    if projected < len(layouts):
+        parts.append(f"{len(layouts) - projected} at full rank")
+    parts += [f"lr {float(group['lr']):g}", f"weight_decay {float(group['weight_decay']):g}"]
+    return "; ".join(parts)

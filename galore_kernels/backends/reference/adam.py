@@ -92,5 +92,5 @@ def skips(g: Tensor, state: AdamState, options: AdamOptions) -> bool:
         return True
     if representable(g):
         return False
-    state.skipped += 1
+    state.skipped.add_(1)
     return True
