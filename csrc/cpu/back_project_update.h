@@ -1,0 +1,137 @@
+// back_project_update: W <- (W - c * X) * decay with X = U @ P.T (right side) or P @ U.T (left), tile by tile: the
+// product never exists as a matrix, and the weight is read and written once.
+#pragma once
+
+#include "adam_update.h"
+#include "kernels.h"
+#include "pack.h"
+
+namespace gk::cpu::GK_ISA {
+
+// Floats of a task's own packed operand that leave the second-level cache room for the rest.
+constexpr index_t kOwnOperand = 65536;
+// Columns of W updated before the next rows are: the packed operand of these columns stays in the cache.
+constexpr index_t kUpdateColumns = 16 * kTileColumns;
+
+// Long indices of a task: whole tiles, few enough for its packed part of U to stay in the cache.
+static inline index_t update_panel(index_t rank, index_t tile, index_t largest) {
+    const index_t fitting = kOwnOperand / rank / tile * tile;
+    return fitting < tile ? tile : at_most(fitting, largest);
+}
+
+struct PackedOperand {
+    const float* data;  // panels of whole depth
+    index_t first;      // row or column of W of the first element
+    index_t count;
+};
+
+// The part of W with rows `a` and columns `b`.
+template <class Units, class W>
+static void update_region(W* weight, index_t ld, const PackedOperand& a, const PackedOperand& b, index_t depth,
+                          const WeightRounding& rounding, const AdamCoefficients& c) {
+    const index_t padded = padded_columns(b.count);
+    for (index_t chunk = 0; chunk < b.count; chunk += kUpdateColumns) {
+        const index_t chunk_end = at_most(chunk + kUpdateColumns, b.count);
+        for (index_t row = 0; row < a.count; row += kTileRows) {
+            const index_t rows = at_most(kTileRows, a.count - row);
+            for (index_t column = chunk; column < chunk_end; column += kTileColumns) {
+                const index_t width = at_most(kTileColumns, padded - column);
+                const index_t columns = at_most(width, b.count - column);
+                const index_t corner = (a.first + row) * ld + b.first + column;
+                for (index_t i = 0; i < rows; ++i) {
+                    const char* line = reinterpret_cast<const char*>(weight + corner + i * ld);
+                    __builtin_prefetch(line, 1);
+                    __builtin_prefetch(line + sizeof(W) * static_cast<std::size_t>(columns) - 1, 1);
+                }
+                alignas(64) float x[kTileRows * kTileColumns];
+                const float* tile = a.data + row * depth;
+                const float* panel = b.data + column * depth;
+                if (width == kTileColumns) {
+                    multiply_tile<Units, 2, 1, kTileRows>(tile, panel, depth, x);
+                } else {
+                    multiply_tile<Units, 1, 1, kTileRows>(tile, panel, depth, x);
+                }
+                for (index_t i = 0; i < rows; ++i) {
+                    const index_t first = corner + i * ld;
+                    if (columns == kTileColumns) {  // a constant length for the vectorizer
+                        update_weight_row(weight + first, x + i * kTileColumns, kTileColumns, first, rounding, c);
+                    } else {
+                        update_weight_row(weight + first, x + i * width, columns, first, rounding, c);
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class Units, class W, class B>
+static void back_project_update_as(const Weight& weight, const Projection& p, const float* update,
+                                   const AdamCoefficients& c, float* workspace, int threads) {
+    const index_t long_size = p.long_size(), short_size = p.short_size(), rank = p.rank;
+    const index_t depth = units_deep<Units>(rank);
+    const bool right = p.side == Side::right;
+    const auto* basis = static_cast<const B*>(p.basis);
+    auto* w = static_cast<W*>(weight.data);
+    const index_t basis_tile = right ? kTileColumns : kTileRows;
+    const index_t update_tile = right ? kTileRows : kTileColumns;
+    const index_t panel = update_panel(rank, update_tile, 16 * update_tile);
+
+    // Panel of `width` columns from up to `tile` rows of the basis, or of the update.
+    const auto pack_basis = [&](index_t first, index_t count, index_t width, float* out) {
+        pack_rows<Units>(
+            [&](index_t j, index_t k, index_t n, float* units) {
+                units_along<Units>(basis + (first + j) * rank + k, n, units);
+            },
+            rank, count, width, out);
+    };
+    const auto pack_update = [&](index_t first, index_t count, index_t width, float* out) {
+        pack_rows<Units>(
+            [&](index_t j, index_t k, index_t n, float* units) {
+                rounded_units_along<Units, B>(update + (first + j) * rank + k, n, units);
+            },
+            rank, count, width, out);
+    };
+
+    const index_t padded_basis = right ? padded_columns(short_size) : ceil_div(short_size, kTileRows) * kTileRows;
+    for_each_task(ceil_div(short_size, basis_tile), threads, [&](index_t task, int) {
+        const index_t first = task * basis_tile;
+        pack_basis(first, at_most(basis_tile, short_size - first), at_most(basis_tile, padded_basis - first),
+                   workspace + first * depth);
+    });
+
+    float* own_operands = workspace + padded_basis * depth;
+    for_each_task(ceil_div(long_size, panel), threads, [&](index_t task, int slot) {
+        const index_t first = task * panel, count = at_most(panel, long_size - first);
+        float* own = own_operands + slot * panel * depth;
+        for (index_t j = 0; j < count; j += update_tile) {
+            const index_t width = right ? update_tile : at_most(update_tile, padded_columns(count) - j);
+            pack_update(first + j, at_most(update_tile, count - j), width, own + j * depth);
+        }
+        const PackedOperand of_update{own, first, count};
+        const PackedOperand of_basis{workspace, 0, short_size};
+        if (right) {
+            update_region<Units>(w, p.cols, of_update, of_basis, depth, weight.rounding, c);
+        } else {
+            update_region<Units>(w, p.cols, of_basis, of_update, depth, weight.rounding, c);
+        }
+    });
+}
+
+static void back_project_update(const Weight& weight, const Projection& p, const float* update,
+                                const AdamCoefficients& c, void* workspace, int threads) {
+    with_dtype(weight.dtype, [&](auto weight_element) {
+        with_dtype(p.basis_dtype, [&](auto basis_element) {
+            using W = decltype(weight_element);
+            using B = decltype(basis_element);
+            using Units = typename UnitsFor<std::is_same_v<B, Bf16>>::type;
+            back_project_update_as<Units, W, B>(weight, p, update, c, static_cast<float*>(workspace), threads);
+        });
+    });
+}
+
+static index_t back_project_workspace_floats(index_t short_size, index_t rank, int threads) {
+    const index_t largest_tile = kTileRows > kTileColumns ? kTileRows : kTileColumns;
+    return (short_size + largest_tile) * rank + threads * update_panel(rank, largest_tile, 16 * largest_tile) * rank;
+}
+
+}  // namespace gk::cpu::GK_ISA

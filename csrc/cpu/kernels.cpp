@@ -1,0 +1,30 @@
+// One build of the kernels, for the instruction set GK_ISA.
+#include "kernels.h"
+
+#include "back_project_update.h"
+#include "project.h"
+
+#define GK_STRING_OF(name) #name
+#define GK_STRING(name) GK_STRING_OF(name)
+
+namespace gk::cpu::GK_ISA {
+
+static index_t workspace_bytes(index_t short_size, index_t rank, int threads) {
+    const index_t project_floats = project_workspace_floats(short_size, rank, threads);
+    const index_t back_floats = back_project_workspace_floats(short_size, rank, threads);
+    return static_cast<index_t>(sizeof(float)) * (project_floats > back_floats ? project_floats : back_floats);
+}
+
+static void random_bits(std::uint64_t seed, std::uint64_t stream, index_t n, std::uint16_t* out) {
+    for (index_t first = 0; first < n; first += kRandomRow) {
+        const index_t count = at_most(kRandomRow, n - first);
+        RandomBuffer buffer;
+        std::memcpy(out + first, random_row(seed, stream, first, count, buffer), static_cast<std::size_t>(count) * 2);
+    }
+}
+
+extern const Kernels kernels;
+const Kernels kernels = {GK_STRING(GK_ISA), quantize_blockwise,  dequantize_blockwise, all_representable, adam_update,
+                         project,           lowrank_adam,        back_project_update,  workspace_bytes,   random_bits};
+
+}  // namespace gk::cpu::GK_ISA

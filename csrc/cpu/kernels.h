@@ -1,0 +1,70 @@
+// What one build of the CPU kernels offers. kernels.cpp is compiled once per instruction set, each time with
+// another GK_ISA, and dispatch.cpp chooses among the tables; nothing else of those builds is visible outside.
+//
+// All buffers are contiguous and row-major. The callers check them; here nothing is allocated and nothing throws.
+#pragma once
+
+#include "../core/adam.h"
+#include "../core/platform.h"
+
+namespace gk::cpu {
+
+// Adam's moments: fp32 where both absmax are null, else 8-bit codes with one absmax per block.
+struct Moments {
+    void* m;
+    void* v;
+    float* m_absmax;
+    float* v_absmax;
+};
+
+// seed is read only where stochastic is set.
+struct WeightRounding {
+    bool stochastic;
+    std::uint64_t seed;
+    std::uint64_t stream;
+};
+
+struct Weight {
+    void* data;
+    DType dtype;
+    WeightRounding rounding;
+};
+
+// The matrix of a weight or gradient and the subspace it is projected to.
+struct Projection {
+    index_t rows;
+    index_t cols;
+    Side side;
+    const void* basis;  // (short, rank)
+    DType basis_dtype;
+    index_t rank;
+
+    index_t short_size() const { return side == Side::right ? cols : rows; }
+    index_t long_size() const { return side == Side::right ? rows : cols; }
+};
+
+struct Kernels {
+    const char* isa;
+    void (*quantize_blockwise)(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes, float* absmax,
+                               int threads);
+    void (*dequantize_blockwise)(const std::uint8_t* codes, const float* absmax, index_t n, bool is_signed, float* out,
+                                 int threads);
+    bool (*all_representable)(const void* x, DType dtype, index_t n, float scale, int threads);
+    void (*adam_update)(const Weight& weight, const void* grad, DType grad_dtype, const Moments& moments, index_t n,
+                        const AdamCoefficients& coefficients, int threads);
+    // Returns whether every element of lowrank_out is representable.
+    bool (*project)(const void* grad, DType grad_dtype, const Projection& projection, float scale, float* lowrank_out,
+                    void* workspace, int threads);
+    void (*lowrank_adam)(float* lowrank_inout, index_t n, const Moments& moments, const AdamCoefficients& coefficients,
+                         int threads);
+    void (*back_project_update)(const Weight& weight, const Projection& projection, const float* update,
+                                const AdamCoefficients& coefficients, void* workspace, int threads);
+    index_t (*workspace_bytes)(index_t short_size, index_t rank, int threads);
+    void (*random_bits)(std::uint64_t seed, std::uint64_t stream, index_t n, std::uint16_t* out);
+};
+
+// The widest set that this processor has, or the lower one that the environment variable GALORE_KERNELS_ISA names.
+// Throws std::runtime_error when the variable names a set that is unknown or that the processor lacks.
+const Kernels& selected_kernels();
+
+}  // namespace gk::cpu

@@ -1,0 +1,102 @@
+"""Types of the compiled module (csrc/bindings.cpp). Buffers are addresses of contiguous row-major memory.
+
+dtype codes: 0 float32, 1 bfloat16, 2 float16. side: 0 right, 1 left. An absmax address of 0 means fp32 moments.
+"""
+
+from typing import Any
+
+# Keys: "compiler" (str), "cuda_archs" (list[str]), "isa" (str), "version" (str).
+def build_info() -> dict[str, Any]: ...
+def dynamic_map(signed: bool) -> list[float]: ...
+def philox(seed: int, stream: int, n: int) -> bytes: ...
+def quantize_blockwise(x: int, dtype: int, n: int, signed: bool, codes: int, absmax: int, threads: int) -> None: ...
+def dequantize_blockwise(codes: int, absmax: int, n: int, signed: bool, out: int, threads: int) -> None: ...
+def all_representable(x: int, dtype: int, n: int, inv_grad_scale: float, threads: int) -> bool: ...
+def adam_update(
+    param: int,
+    param_dtype: int,
+    grad: int,
+    grad_dtype: int,
+    m: int,
+    v: int,
+    m_absmax: int,
+    v_absmax: int,
+    n: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    inv_grad_scale: float,
+    maximize: bool,
+    rounding_seed: int | None,
+    threads: int,
+) -> None: ...
+def project(
+    grad: int,
+    grad_dtype: int,
+    rows: int,
+    cols: int,
+    side: int,
+    basis: int,
+    basis_dtype: int,
+    rank: int,
+    lowrank_out: int,
+    *,
+    inv_grad_scale: float,
+    workspace: int,
+    threads: int,
+) -> bool: ...
+def lowrank_adam(
+    lowrank_inout: int,
+    n: int,
+    m: int,
+    v: int,
+    m_absmax: int,
+    v_absmax: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    inv_grad_scale: float,
+    maximize: bool,
+    threads: int,
+) -> None: ...
+def back_project_update(
+    param: int,
+    param_dtype: int,
+    rows: int,
+    cols: int,
+    side: int,
+    update: int,
+    basis: int,
+    basis_dtype: int,
+    rank: int,
+    *,
+    scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    inv_grad_scale: float,
+    maximize: bool,
+    rounding_seed: int | None,
+    workspace: int,
+    threads: int,
+) -> None: ...
+def workspace_bytes(rows: int, cols: int, rank: int, side: int, threads: int) -> int: ...
+
+# These two exist only where the package was built with nvcc: build_info()["cuda_archs"] is not empty.
+def cuda_quantize_blockwise(
+    x: int, dtype: int, n: int, signed: bool, codes: int, absmax: int, device: int, stream: int
+) -> None: ...
+def cuda_dequantize_blockwise(
+    codes: int, absmax: int, n: int, signed: bool, out: int, device: int, stream: int
+) -> None: ...

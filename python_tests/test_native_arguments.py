@@ -1,0 +1,100 @@
+"""csrc/bindings.cpp: cheap checks that name the argument, before any memory is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from galore_kernels import _native
+
+ADAM: dict[str, Any] = {
+    "lr": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "step": 0,
+    "inv_grad_scale": 1.0,
+    "maximize": False,
+    "threads": 1,
+}
+MOMENTS: dict[str, Any] = {"m": 0, "v": 0, "m_absmax": 0, "v_absmax": 0}
+MATRIX: dict[str, Any] = {"rows": 0, "cols": 0, "side": 0, "basis": 0, "basis_dtype": 0, "rank": 1}
+
+# Each call is valid as it stands, and harmless: no elements, null addresses.
+CALLS: dict[str, dict[str, Any]] = {
+    "quantize_blockwise": {"x": 0, "dtype": 0, "n": 0, "signed": True, "codes": 0, "absmax": 0, "threads": 1},
+    "dequantize_blockwise": {"codes": 0, "absmax": 0, "n": 0, "signed": True, "out": 0, "threads": 1},
+    "philox": {"seed": 0, "stream": 0, "n": 0},
+    "all_representable": {"x": 0, "dtype": 0, "n": 0, "inv_grad_scale": 1.0, "threads": 1},
+    "adam_update": {"param": 0, "param_dtype": 0, "grad": 0, "grad_dtype": 0, "n": 0, **MOMENTS, **ADAM}
+    | {"rounding_seed": None},
+    "project": {"grad": 0, "grad_dtype": 0, "lowrank_out": 0, "workspace": 0, "inv_grad_scale": 1.0, "threads": 1} | MATRIX,
+    "lowrank_adam": {"lowrank_inout": 0, "n": 0, **MOMENTS, **ADAM},
+    "back_project_update": {"param": 0, "param_dtype": 0, "update": 0, "scale": 1.0, "workspace": 0, **MATRIX, **ADAM}
+    | {"rounding_seed": None},
+    "workspace_bytes": {"rows": 1, "cols": 1, "rank": 1, "side": 0, "threads": 1},
+}
+
+# One bad value per kind of argument, with what the message must say was expected.
+BAD: dict[str, tuple[int, str]] = {
+    "n": (-1, "0 or more"),
+    "rows": (-1, "0 or more"),
+    "cols": (-1, "0 or more"),
+    "step": (-1, "0 or more"),
+    "rank": (0, "1 or more"),
+    "threads": (0, "1 or more"),
+    "side": (2, "0 (right) or 1 (left)"),
+    "dtype": (3, "0 (float32), 1 (bfloat16) or 2 (float16)"),
+    "param_dtype": (-1, "0 (float32), 1 (bfloat16) or 2 (float16)"),
+    "grad_dtype": (3, "0 (float32), 1 (bfloat16) or 2 (float16)"),
+    "basis_dtype": (99, "0 (float32), 1 (bfloat16) or 2 (float16)"),
+}
+
+
+def function(name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(_native, name)
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_to_do_is_fine(name: str) -> None:
+    function(name)(**CALLS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name, call in CALLS.items() for argument in call if argument in BAD]
+)
+def test_bad_value_names_its_argument(name: str, argument: str) -> None:
+    value, expected = BAD[argument]
+    with pytest.raises(ValueError, match=f"^{argument}={value}: expected ") as error:
+        function(name)(**(CALLS[name] | {argument: value}))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["adam_update", "lowrank_adam"])
+def test_one_absmax_without_the_other(name: str) -> None:
+    with pytest.raises(ValueError, match="m_absmax, v_absmax: expected both"):
+        function(name)(**(CALLS[name] | {"m_absmax": 64}))
+
+
+@pytest.mark.parametrize("name", ["adam_update", "back_project_update"])
+@pytest.mark.parametrize("dtype", [0, 2])  # float32, float16
+def test_stochastic_rounding_is_for_bfloat16(dtype: int, name: str) -> None:
+    with pytest.raises(ValueError, match=f"rounding_seed: .* got param_dtype={dtype}"):
+        function(name)(**(CALLS[name] | {"param_dtype": dtype, "rounding_seed": 1}))
+
+
+def test_build_info() -> None:
+    info = _native.build_info()
+    assert info["isa"] in ("generic", "avx2", "avx512", "avx512_bf16")
+    assert isinstance(info["cuda_archs"], list)
+    assert info["compiler"]
+    assert info["version"]
+
+
+def test_workspace_grows_with_threads_and_counts_in_64_bits() -> None:
+    one = _native.workspace_bytes(1024, 4096, 128, 0, 1)
+    assert 0 < one < _native.workspace_bytes(1024, 4096, 128, 0, 2)
+    assert _native.workspace_bytes(2**20, 2**20, 2**13, 0, 1) > 2**32
