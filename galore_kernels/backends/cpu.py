@@ -30,7 +30,8 @@ def _typed(tensor: Tensor) -> tuple[int, int]:
 
 
 def _inverse_grad_scale(options: AdamOptions) -> float:
-    return 1.0 if options.grad_scale is None else 1.0 / float(options.grad_scale)
+    # A tensor's division: a scale of 0 gives infinity, and the update is skipped, where Python's would raise.
+    return 1.0 if options.grad_scale is None else float(1.0 / options.grad_scale.double())
 
 
 def _scalars(state: AdamState, options: AdamOptions, inv_grad_scale: float) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _update_weight(
         _address(direction),
         *_typed(basis),
         basis.shape[1],
-        scale,
+        scale=scale,
         **scalars,
         rounding_seed=options.rounding_seed,
         workspace=_address(workspace),

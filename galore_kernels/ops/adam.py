@@ -165,6 +165,8 @@ def _check_options(op: str, param: Tensor, options: AdamOptions) -> None:
                 _fail(op, name, "a single number", f"shape {tuple(tensor.shape)}", "pass a 0-d tensor")
     if options.rounding_seed is not None and param.dtype != torch.bfloat16:
         _fail(op, "rounding_seed", "None unless the weight is bfloat16", options.rounding_seed, "pass None")
+    if options.rounding_seed is not None and options.rounding_seed < 0:
+        _fail(op, "rounding_seed", "in [0, 2^63)", options.rounding_seed, "take it modulo 2^63")
 
 
 def flat_state(state: AdamState, options: AdamOptions) -> tuple[Tensor | None, ...]:

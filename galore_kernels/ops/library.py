@@ -16,5 +16,6 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 def define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Registers ``galore_kernels::name`` for every device; the implementation checks and dispatches itself."""
     _library.define(f"{name}{schema}")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    # Without no_grad a weight that requires grad is refused by a backend of torch operations and taken by a native one.
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -66,9 +67,9 @@ class GaLoreAdam(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "project_nd": project_nd,
+            "seed": seed,
         }
         check_group(defaults, f"{type(self).__name__}(...)")
-        self._seed = seed
         self._backend = backend
         # Given groups of which some carry a rank, exactly those are projected.
         self._ranks_are_explicit = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
@@ -89,6 +90,8 @@ class GaLoreAdam(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"{where}: expected a dict, got {type(param_group).__name__}")
         group = dict(param_group)
+        if "params" not in group:
+            raise ValueError(f'{where}: expected the key "params", got {sorted(group)}; add the parameters\' list')
         params = group["params"]
         if isinstance(params, set):
             raise TypeError(f"{where}: expected an ordered collection of parameters, got a set; pass a list")
@@ -149,6 +152,16 @@ class GaLoreAdam(Optimizer):
         Raises:
             ValueError: an option out of range, or a sparse, complex or wrongly shaped gradient; names the parameter.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # GradScaler sets these for the call, and multiplies into what it finds: left behind by a call that failed,
+            # they would unscale the retry twice.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -164,8 +177,10 @@ class GaLoreAdam(Optimizer):
             key = (id(update.group), device)
             if key not in lrs:
                 lrs[key] = torch.as_tensor(lr, dtype=torch.float64).reshape(()).to(device)
-            self._apply(update, lrs[key])
+            skipped = self._apply(update, lrs[key])
             self._interrupted.append((update.param, update.grad, update.grad._version))
+            # Last: a warning may be turned into an exception.
+            self._report_skip(update.name, skipped)
         self._interrupted = []
         return loss
 
@@ -206,11 +221,12 @@ class GaLoreAdam(Optimizer):
         self._interrupted = []
         super().zero_grad(set_to_none)
 
-    def _apply(self, update: Update, lr: Tensor) -> None:
+    def _apply(self, update: Update, lr: Tensor) -> int:
+        """Updates one parameter. Returns how many of its steps have been skipped if this one was, else 0."""
         param, grad, group, layout = update.param, update.grad, update.group, update.layout
         fresh = not self.state.get(param)
         state = layout.new_state(param) if fresh else self.state[param]
-        skipped = int(state["skipped"])
+        step, skipped = int(state["step"]), int(state["skipped"])
         options = ops.AdamOptions(
             lr,
             beta1=float(group["betas"][0]),
@@ -220,13 +236,13 @@ class GaLoreAdam(Optimizer):
             maximize=group["maximize"],
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
-            rounding_seed=update.rounding_seed(self._seed),
+            rounding_seed=update.rounding_seed(),
         )
         changed: dict[str, Any] = {}
         if layout.side is None:
             ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
         else:
-            changed = refreshed(update, state, self._seed)
+            changed = refreshed(update, state)
             bases = {**state, **changed}
             shape = matrix_shape(param.shape)
             weight = param.reshape(shape)
@@ -243,20 +259,23 @@ class GaLoreAdam(Optimizer):
             )
             if weight.data_ptr() != param.data_ptr():
                 param.copy_(weight.view(param.shape))
-        # Only now, when nothing can fail any more: a step that raised has changed nothing of this parameter.
-        state.update(changed)
+        # Only now, when nothing can fail any more: a step that raised has changed nothing of this parameter. A skipped
+        # step hasn't either: a basis found in a gradient that is not used goes with it.
+        if int(state["step"]) > step:
+            state.update(changed)
         if fresh:
             self.state[param] = state
-        self._report_skip(update.name, skipped, int(state["skipped"]))
+        after = int(state["skipped"])
+        return after if after > skipped else 0
 
-    def _report_skip(self, name: str, before: int, after: int) -> None:
+    def _report_skip(self, name: str, skipped: int) -> None:
         # At 1, 2, 4, 8, ... skipped steps: a broken run is told of it without being drowned in it.
-        if after > before and after & (after - 1) == 0:
+        if skipped and skipped & (skipped - 1) == 0:
             warnings.warn(
                 f"{name}: its gradient is NaN, infinite or beyond 1.8e19; its step was skipped, weight and state are "
-                f"unchanged ({after} skipped so far)",
+                f"unchanged ({skipped} skipped so far)",
                 NonFiniteGradientWarning,
-                stacklevel=4,
+                stacklevel=6,  # _step, step and torch's two wrappers of it lie between here and the caller
             )
 
     # ------------------------------------------------------------------ what it holds
@@ -297,7 +316,7 @@ class GaLoreAdam(Optimizer):
     # ------------------------------------------------------------------ persistence
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_seed", "_backend", "_ranks_are_explicit")}
+        own = {key: self.__dict__[key] for key in ("_backend", "_ranks_are_explicit")}
         return {**super().__getstate__(), **own, "_interrupted": []}
 
     def state_dict(self) -> dict[str, Any]:
@@ -314,6 +333,7 @@ class GaLoreAdam(Optimizer):
             ValueError: it is of another version, optimizer, rank or shape, lacks fields, holds NaN or does not match
                 its checksum. The message names the parameter; the optimizer is as it was.
         """
+        state_dict = dict(state_dict)  # the hooks' to change, not the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -321,7 +341,7 @@ class GaLoreAdam(Optimizer):
             state_dict, type(self).__name__, self.param_groups, list(self._named_params()), self._layout
         )
         self._interrupted = []
-        self.__setstate__({"state": state, "param_groups": groups})
+        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ KNOWN = (
     "stochastic_rounding",
     "maximize",
     "project_nd",
+    "seed",
     "rank_is_explicit",
 )
 
@@ -42,7 +44,7 @@ def _number(value: object) -> float | None:
     """``value`` as a float if it is a real number (a 0-d tensor counts), else None."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     return None
 
@@ -89,14 +91,18 @@ def check_scheduled(group: Mapping[str, Any], where: str) -> None:
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Checks every option of a complete group. Raises ValueError naming the key, the group and the remedy."""
     for key in group:
-        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.85)
-        if key not in KNOWN and close:
+        # "rnak" is a typo; "lr_scale" and the like are other libraries' own keys.
+        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.75)
+        if key not in KNOWN and close and abs(len(close[0]) - len(key)) <= 2:
             raise ValueError(f'unknown key "{key}" in {where}: did you mean "{close[0]}"?')
     check_scheduled(group, where)
     if group["rank"] is not None:
         _expect_count(where, group, "rank", "rank=None keeps the group at full rank")
     _expect_choice(where, group, "proj_type", PROJ_TYPES)
     _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
+    seed = group["seed"]
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+    _expect(where, "seed", seed, is_seed, "an integer >= 0", "0 is the default")
     for key in ("stochastic_rounding", "maximize", "project_nd"):
         _expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
 
@@ -112,6 +118,8 @@ def check_param(param: object, name: str) -> None:
             f"{name}: expected float32, bfloat16 or float16, got {param.dtype}; "
             "convert it, or give it to another optimizer"
         )
+    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        raise ValueError(f"{name}: expected elements of its own, got an expanded tensor; clone it")
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

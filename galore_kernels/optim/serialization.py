@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +21,14 @@ NamedParams = list[tuple[int, str, Tensor, dict[str, Any]]]
 def add_header(state_dict: dict[str, Any], optimizer: str) -> dict[str, Any]:
     """Adds the format version, the optimizer's name and a checksum per parameter under the key "galore_kernels"."""
     checksums = {index: state_checksum(state) for index, state in state_dict["state"].items()}
+    state_dict["param_groups"] = [{k: _plain(v) for k, v in g.items()} for g in state_dict["param_groups"]]
     state_dict[HEADER] = {"format_version": FORMAT_VERSION, "optimizer": optimizer, "checksums": checksums}
     return state_dict
+
+
+def _plain(value: Any) -> Any:
+    """Schedules computed with numpy leave its scalars in the groups, which a weights-only load refuses."""
+    return float(value) if isinstance(value, Real) and type(value) not in (bool, int, float) else value
 
 
 def checked(
@@ -39,7 +46,8 @@ def checked(
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     new_groups = _check_groups(saved_groups, groups)
     indices = [index for group in saved_groups for index in group["params"]]
-    if not set(saved_state) <= set(indices) or set(checksums) != set(saved_state):
+    belongs = len(set(indices)) == len(indices) and set(saved_state) <= set(indices)
+    if not belongs or set(checksums) != set(saved_state):
         raise ValueError("state_dict: its state does not belong to its param_groups; the checkpoint is damaged")
     state: dict[Tensor, dict[str, Any]] = {}
     for saved_index, (_, name, param, group) in zip(indices, params, strict=True):
@@ -62,7 +70,10 @@ def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any,
         raise ValueError(
             f"state_dict: the keys {missing} are missing; not saved by a galore_kernels optimizer, or not whole"
         )
-    header = state_dict[HEADER]
+    header, groups = state_dict[HEADER], state_dict["param_groups"]
+    whole = isinstance(header, Mapping) and isinstance(state_dict["state"], Mapping) and isinstance(groups, list)
+    if not whole or not all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups):
+        raise ValueError("state_dict: it is not built as a state dict is; go back to an earlier checkpoint")
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(

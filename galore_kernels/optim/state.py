@@ -98,6 +98,8 @@ def tensor_bytes(state: Mapping[str, Any]) -> int:
 def check_state(state: Mapping[str, Any], param: Tensor, layout: Layout, where: str) -> None:
     """Raises ValueError naming the parameter unless a loaded state is whole, of this layout and finite."""
     expected = layout.new_state(torch.empty_like(param, device="meta"))
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{where}: its state is a {type(state).__name__}, expected a dict; the state is damaged")
     if set(state) != set(expected):
         missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
         raise ValueError(

@@ -34,11 +34,11 @@ class Update:
     name: str
     layout: Layout
 
-    def rounding_seed(self, seed: int) -> int | None:
+    def rounding_seed(self) -> int | None:
         """Seed for stochastic rounding, or None for rounding to nearest."""
         if not self.group["stochastic_rounding"] or self.param.dtype != torch.bfloat16:
             return None
-        return derived_seed(seed, self.index, "rounding")
+        return derived_seed(self.group["seed"], self.index, "rounding")
 
 
 def derived_seed(*parts: object) -> int:
@@ -47,7 +47,7 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def refreshed(update: Update, state: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def refreshed(update: Update, state: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of ``state`` that a refresh of the subspace changes; empty if none is due. Changes nothing.
 
     Due at the steps 0, T, 2T, ..., counted before the increment, and until a first basis has been found: a gradient
@@ -65,7 +65,7 @@ def refreshed(update: Update, state: Mapping[str, Any], seed: int) -> dict[str, 
             matrices[name],
             update.layout.rank,
             previous=state[name],
-            seed=derived_seed(seed, update.index, name, refreshes),
+            seed=derived_seed(update.group["seed"], update.index, name, refreshes),
             method=update.group["refresh_method"],
         )
         if basis is state[name]:
