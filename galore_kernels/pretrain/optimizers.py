@@ -1,0 +1,141 @@
+"""The optimizers that ``--optimizer`` can choose, built for one model from one configuration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import rivals
+from .config import Config
+
+__all__ = ["build_optimizer", "load_optimizer_state", "optimizer_state", "package_versions"]
+
+_BETAS = (0.9, 0.999)
+
+# Which modules' linear layers are projected, as in the GaLore paper: attention and MLP.
+_TARGETS = ("attn", "mlp")
+
+
+def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Optimizer of ``config`` over all parameters of ``model``; those that project do so to the same matrices.
+
+    Raises:
+        PretrainError: the package of the chosen rival is not installed.
+    """
+    return _BUILDERS[config.optimizer](model, config)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, config: Config) -> dict[str, Any]:
+    """State as tensors and plain values."""
+    if config.optimizer in _EXPORTED:
+        return rivals.export_state(optimizer)
+    return optimizer.state_dict()
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, config: Config, state: dict[str, Any]) -> None:
+    """Put back what :func:`optimizer_state` returned."""
+    if config.optimizer in _EXPORTED:
+        rivals.import_state(optimizer, state)
+    else:
+        optimizer.load_state_dict(state)
+
+
+def package_versions() -> dict[str, str]:
+    """Version of every package that has a say in the result, ``"not installed"`` included."""
+    names = ("galore-kernels", "torch", "transformers", "numpy", "bitsandbytes", "galore-torch")
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
+    def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+        import galore_kernels
+
+        groups = galore_kernels.galore_param_groups(
+            model,
+            target_modules=list(_TARGETS),
+            rank=config.rank,
+            update_proj_gap=config.update_proj_gap,
+            scale=config.scale,
+            proj_type=config.proj_type,
+        )
+        optimizer_class = getattr(galore_kernels, class_name)
+        optimizer: torch.optim.Optimizer = optimizer_class(
+            groups, lr=config.lr, betas=_BETAS, eps=config.eps, weight_decay=config.weight_decay, seed=config.seed
+        )
+        return optimizer
+
+    return build
+
+
+def _adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=_BETAS, eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def _adamw8bit(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    bitsandbytes = rivals.import_rival("bitsandbytes", "bitsandbytes")
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        model.parameters(), lr=config.lr, betas=_BETAS, eps=config.eps, weight_decay=config.weight_decay
+    )
+    return optimizer
+
+
+def _galore_torch(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    optimizer_class = rivals.import_rival("galore_torch", "galore-torch").GaLoreAdamW
+    optimizer: torch.optim.Optimizer = optimizer_class(
+        _galore_torch_groups(model, config), lr=config.lr, betas=_BETAS, eps=config.eps,
+        weight_decay=config.weight_decay, no_deprecation_warning=True,
+    )  # fmt: skip
+    return optimizer
+
+
+def _galore_torch8bit(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    optimizer_class: Any = rivals.patched_galore_torch_adamw8bit()
+    optimizer: torch.optim.Optimizer = optimizer_class(
+        _galore_torch_groups(model, config), lr=config.lr, betas=_BETAS, eps=config.eps,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    return optimizer
+
+
+def _galore_torch_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+    projected = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(target in name for target in _TARGETS)
+    ]
+    chosen = set(projected)
+    return [
+        {"params": [parameter for parameter in model.parameters() if parameter not in chosen]},
+        {
+            "params": projected,
+            "rank": config.rank,
+            "update_proj_gap": config.update_proj_gap,
+            "scale": config.scale,
+            "proj_type": config.proj_type,
+        },
+    ]
+
+
+_BUILDERS: dict[str, Callable[[torch.nn.Module, Config], torch.optim.Optimizer]] = {
+    "galore8bit": _galore_fused("GaLoreFusedAdam8bit"),
+    "galore": _galore_fused("GaLoreFusedAdamW"),
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "galore_torch": _galore_torch,
+    "galore_torch8bit": _galore_torch8bit,
+}
+
+# Their own state_dict would not survive a weights-only checkpoint, or would come back cast.
+_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit"))

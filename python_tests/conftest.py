@@ -1,0 +1,31 @@
+"""Shared fixtures. What tests compare with is in ``oracle.py``, how closely in ``tolerances.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from update_cases import CPU_BACKENDS
+
+# The same examples in every run, no time limit per example (a shared CI core may pause at any moment), no files.
+settings.register_profile("galore_kernels", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("galore_kernels")
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that serves CPU tensors, in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[name for name in CPU_BACKENDS if name != "reference"])
+def fast_backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that is compared with the reference."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_one_seed() -> None:
+    # On two shared cores torch's products are slower with two threads than with one.
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

@@ -1,0 +1,162 @@
+"""Float64 NumPy (and Python integers) restatement of the mathematics, written from the papers; shares no code.
+
+- GaLore: Zhao et al., arXiv 2403.03507, algorithm 2, in its orientation: P is (m, r), R = P.T G is (r, n).
+- Adam: Kingma and Ba, arXiv 1412.6980, algorithm 1, with bias-corrected moments; decoupled decay: arXiv 1711.05101.
+  galore_torch's two choices are kept: eps is added to the uncorrected sqrt(v), and the decay follows the update.
+- 8-bit code: Dettmers et al., arXiv 2110.02861.
+- Random bits: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-10).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Adam:
+    """One update's scalars; ``step`` is its number, from 1."""
+
+    step: int
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    maximize: bool = False
+    grad_scale: float = 1.0
+
+
+def adam_moments(g: Array, m: Array, v: Array, a: Adam) -> tuple[Array, Array]:
+    """The new first and second moment."""
+    g = g / a.grad_scale * (-1.0 if a.maximize else 1.0)
+    return a.beta1 * m + (1.0 - a.beta1) * g, a.beta2 * v + (1.0 - a.beta2) * g**2
+
+
+def adam_direction(m: Array, v: Array, a: Adam) -> Array:
+    """m_hat / (sqrt(v_hat) + eps_hat): eps_hat = eps / sqrt(1 - beta2^t) is eps at the uncorrected sqrt(v)."""
+    m_hat = m / (1.0 - a.beta1**a.step)
+    v_hat = v / (1.0 - a.beta2**a.step)
+    denominator = np.sqrt(v_hat) + a.eps / np.sqrt(1.0 - a.beta2**a.step)
+    return np.divide(m_hat, denominator, out=np.zeros_like(m_hat), where=denominator > 0)
+
+
+def descend(w: Array, direction: Array, a: Adam) -> Array:
+    """The update, then the decay of what it gave."""
+    moved = w - a.lr * direction
+    return moved - a.lr * a.weight_decay * moved
+
+
+def adam(w: Array, g: Array, m: Array, v: Array, a: Adam) -> tuple[Array, Array, Array]:
+    """One step at full rank: the new weight and moments."""
+    m, v = adam_moments(g, m, v, a)
+    return descend(w, adam_direction(m, v, a), a), m, v
+
+
+def project(g: Array, basis: Array, long_basis: Array | None, side: str) -> Array:
+    """The low-rank gradient as the library lays it out: (L, r), the transpose of the paper's on the left side."""
+    if side == "left":
+        paper = basis.T @ g  # (r, n)
+        if long_basis is not None:
+            paper = paper @ long_basis
+        return paper.T
+    paper = g @ basis  # the paper's right-hand projector Q
+    return paper if long_basis is None else long_basis.T @ paper
+
+
+def back_project(direction: Array, basis: Array, long_basis: Array | None, side: str) -> Array:
+    """The (m, n) matrix that the low-rank ``direction`` stands for."""
+    if side == "left":
+        paper = direction.T
+        if long_basis is not None:
+            paper = paper @ long_basis.T
+        return basis @ paper
+    wide = direction if long_basis is None else long_basis @ direction
+    return wide @ basis.T
+
+
+def nearest_midpoint_codes(z: Array, values: Array) -> Array:
+    """The code of each z: the interval between midpoints that holds it, and on a midpoint the even neighbour."""
+    midpoints = (values[:-1] + values[1:]) * np.float32(0.5)
+    assert midpoints.dtype == np.float32
+    below = np.searchsorted(midpoints, z, side="left")
+    up_to = np.searchsorted(midpoints, z, side="right")
+    return np.where(below % 2 == 0, below, up_to)
+
+
+def quantize(x: Array, values: Array, *, positive_stays_positive: bool = True) -> tuple[Array, Array]:
+    """Codes and absmax of float32 ``x``. ``values`` is the 256-entry map; it is the signed one if it has negatives.
+
+    ``positive_stays_positive=False`` is the rule of others: a small second moment may become zero.
+    """
+    signed = bool(values[0] < 0)
+    zero = 127 if signed else 0
+    flat = x.astype(np.float32).ravel()
+    codes = np.full(flat.shape, zero, dtype=np.uint8)
+    absmax = np.zeros(-(-flat.size // BLOCK), dtype=np.float32)
+    for block in range(absmax.size):
+        part = slice(block * BLOCK, min((block + 1) * BLOCK, flat.size))
+        largest = np.abs(flat[part]).max()
+        absmax[block] = largest
+        if largest == 0:
+            continue
+        found = nearest_midpoint_codes(flat[part] / largest, values)
+        if signed:
+            found[(found == zero) & (flat[part] < 0)] = zero - 1
+        elif positive_stays_positive:
+            found[(found == zero) & (flat[part] > 0)] = 1
+        codes[part] = found
+    return codes.reshape(x.shape), absmax
+
+
+def dequantize(codes: Array, absmax: Array, values: Array) -> Array:
+    """Float64 values of codes: exact products of float32 numbers."""
+    scale = np.repeat(absmax.astype(np.float64), BLOCK)[: codes.size]
+    return (values.astype(np.float64)[codes.ravel()] * scale).reshape(codes.shape)
+
+
+def dynamic_map(signed: bool) -> Array:
+    """The map in float64: decade by decade the centres of equal cells of [0.1, 1], mirrored if signed, with 0 and 1."""
+    magnitudes: list[float] = []
+    for decade in range(7):
+        cells = 2**decade if signed else 2 ** (decade + 1)
+        width = 0.9 / cells
+        magnitudes += [(0.1 + (cell + 0.5) * width) * 10.0 ** (decade - 6) for cell in range(cells)]
+    negatives = [-x for x in magnitudes] if signed else []
+    return np.array(sorted([*negatives, 0.0, *magnitudes, 1.0]))
+
+
+def philox4x32(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+    """Philox4x32 with ten rounds, on Python integers."""
+    low = 0xFFFFFFFF
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1, x2, x3 = (p1 >> 32) ^ x1 ^ k0, p1 & low, (p0 >> 32) ^ x3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return x0, x1, x2, x3
+
+
+def random_bits16(seed: int, step: int, count: int) -> Array:
+    """The 16 bits that each of the elements 0 .. count - 1 takes in update ``step``."""
+    low = 0xFFFFFFFF
+    bits: list[int] = []
+    for block in range(-(-count // 8)):
+        words = philox4x32((block & low, block >> 32, step & low, step >> 32), (seed & low, seed >> 32))
+        for word in words:
+            bits += [word & 0xFFFF, word >> 16]
+    return np.array(bits[:count], dtype=np.uint32)
+
+
+def stochastic_bfloat16_bits(x: Array, bits16: Array) -> Array:
+    """The upper half of each float32 after adding 16 random bits to it: the bfloat16 it is rounded to, as uint16."""
+    raw = x.astype(np.float32).ravel().view(np.uint32)
+    return ((raw + bits16) >> np.uint32(16)).astype(np.uint16).reshape(x.shape)

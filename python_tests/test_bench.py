@@ -1,0 +1,370 @@
+"""The benchmark itself: its counts, its fairness, and that it calls a rival broken which does nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+# Where kernel_bench.py, run as a script, finds its modules.
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import kernel_bench
+import rivals
+from floor import (
+    Limits,
+    Work,
+    adam_work,
+    floor_seconds,
+    galore_work,
+    lowrank_work,
+    moments_bytes,
+    orient,
+    products_work,
+)
+from harness import CpuClock, Entry, Implementation, Result, UnavailableError, order, prepare, run
+from problem import LR, OPERATIONS, SCALE, Case, Problem
+from ratios import Goal, Row, all_ratios, goals
+
+BENCH = Path(__file__).parents[1] / "bench"
+CPU = torch.device("cpu")
+LIMITS = Limits(bandwidth=10e9, copy=10e9, read=8e9, add=9e9, scale=7e9, rate={"fp32": 1e12, "bf16": 2e12})
+
+
+def _case(operation: str = "galore_update", rank: int | None = 8, dtype: torch.dtype = torch.float32) -> Case:
+    return Case(operation, "96x64", ((96, 64),), rank, dtype)
+
+
+# Counts, by hand -----------------------------------------------------------------------------------------------
+
+
+def test_orient_is_galore_torchs_std() -> None:
+    assert orient((1024, 4096)) == (4096, 1024, "left")
+    assert orient((4096, 1024)) == (4096, 1024, "right")
+    assert orient((512, 512)) == (512, 512, "right")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    # 257 elements are two blocks: two moments of 257 codes and 2 absmax of 4 bytes
+    [("8bit", 2 * (257 + 8)), ("fp32", 2 * 4 * 257), ("param", 2 * 2 * 257), ("none", 0)],
+)
+def test_moments_bytes(state: str, expected: int) -> None:
+    assert moments_bytes(257, state, itemsize=2) == expected
+
+
+def test_moments_bytes_refuses_an_unknown_format() -> None:
+    with pytest.raises(ValueError, match="8bit, fp32, param, none"):
+        moments_bytes(1, "int4", itemsize=2)
+
+
+def test_adam_work_by_hand() -> None:
+    # 2 x 128 fp32: W and G read, W written (1024 B each); moments 2 * (256 + 4) read and written
+    assert adam_work((2, 128), 4, "8bit") == Work(2 * 1024 + 520, 1024 + 520, 0)
+
+
+def test_galore_work_by_hand() -> None:
+    # 1024 x 4096 bf16, r = 128: L = 4096, S = 1024. Moments: 524,288 codes and 2,048 absmax, twice.
+    moments = 2 * (524_288 + 8_192)
+    read = 2 * 8_388_608 + 262_144 + moments
+    assert galore_work((1024, 4096), 128, 2, "8bit") == Work(read, 8_388_608 + moments, 2_147_483_648)
+
+
+def test_lowrank_work_reads_r_instead_of_g_and_halves_the_products() -> None:
+    full, low = galore_work((64, 96), 8, 4, "8bit"), lowrank_work((64, 96), 8, 4, "8bit")
+    assert full.bytes_read - low.bytes_read == (96 * 64 - 96 * 8) * 4
+    assert low.bytes_written == full.bytes_written
+    assert low.operations * 2 == full.operations
+
+
+def test_products_work_by_hand() -> None:
+    # R = G @ P: reads 96 x 64 and 64 x 8, writes 96 x 8; R @ P.T: reads R, writes 96 x 64 (P was counted)
+    both = products_work((96, 64), 8, 4, count=2)
+    assert both == Work(4 * (6144 + 512 + 768), 4 * (768 + 6144), 2 * 2 * 96 * 64 * 8)
+    assert products_work((96, 64), 8, 4, count=1) == Work(4 * (768 + 512), 4 * 6144, 2 * 96 * 64 * 8)
+
+
+def test_floor_is_the_slower_of_memory_and_products() -> None:
+    assert floor_seconds(Work(6_000_000_000, 4_000_000_000, 10), LIMITS, "fp32") == pytest.approx(1.0)
+    assert floor_seconds(Work(10, 10, 3_000_000_000_000), LIMITS, "fp32") == pytest.approx(3.0)
+    assert floor_seconds(Work(10, 10, 3_000_000_000_000), LIMITS, "bf16") == pytest.approx(1.5)
+
+
+# Interleaving ----------------------------------------------------------------------------------------------------
+
+
+def test_order_is_a_new_permutation_each_round() -> None:
+    names = [f"i{k}" for k in range(6)]
+    rounds = [order(names, index) for index in range(40)]
+    assert all(sorted(found) == names for found in rounds)
+    assert {found[0] for found in rounds} == set(names)
+    assert {found[-1] for found in rounds} == set(names)
+    assert len({(a, b) for found in rounds for a, b in pairwise(found)}) == 30  # all neighbours
+    assert rounds == [order(names, index) for index in range(40)]  # and reproducible
+
+
+def _adam_step(
+    problem: Problem, factor: float = 1.0, only: int | None = None
+) -> tuple[list[Tensor], Callable[[], None]]:
+    """What every right implementation does under a constant gradient, written from the definition."""
+    weights = problem.weights()
+
+    def step() -> None:
+        for index, (weight, grad) in enumerate(zip(weights, problem.grads, strict=True)):
+            if only is not None and index != only:
+                continue
+            if problem.rank is None:
+                change = LR * torch.sign(grad)
+            else:
+                side = orient(problem.case.shapes[index])[2]
+                basis = problem.bases[index]
+                lowrank = (grad if side == "right" else grad.T) @ basis
+                low = LR * SCALE * torch.sign(lowrank) @ basis.T
+                change = low if side == "right" else low.T
+            weight.sub_(factor * change)
+
+    return weights, step
+
+
+def _entry(name: str, make: Callable[[Problem], tuple[list[Tensor] | None, Callable[[], object]]]) -> Entry:
+    def build(problem: Problem) -> Implementation:
+        weights, call = make(problem)
+        return Implementation(call, Work(1, 1, 1), weights)
+
+    return Entry(name, "rival", OPERATIONS, build)
+
+
+def test_run_calls_everyone_once_a_round_behind_a_flush() -> None:
+    log: list[str] = []
+
+    def make(name: str) -> Entry:
+        return _entry(name, lambda problem: (None, lambda: log.append(name)))
+
+    results = run(
+        Problem(_case(), CPU),
+        [make("a"), make("b"), make("c")],
+        rounds=12,
+        clock=CpuClock(),
+        flush=lambda: log.append("flush"),
+    )
+    timed = log[log.index("flush") :]
+    assert timed[0::2] == ["flush"] * 36
+    rounds = [tuple(timed[1::2][i : i + 3]) for i in range(0, 36, 3)]
+    assert all(sorted(found) == ["a", "b", "c"] for found in rounds)
+    assert len(set(rounds)) > 2
+    assert [len(r.seconds) for r in results] == [12, 12, 12]
+
+
+def test_run_puts_gradients_back_before_each_call() -> None:
+    log: list[str] = []
+    implementation = Implementation(
+        lambda: log.append("call"), Work(1, 1, 1), None, before=lambda: log.append("before")
+    )
+    entry = Entry("a", "rival", OPERATIONS, lambda problem: implementation)
+    run(Problem(_case(), CPU), [entry], rounds=4, clock=CpuClock(), flush=lambda: None)
+    assert log[0::2] == ["before"] * 7  # three checked calls, four timed ones
+    assert log[1::2] == ["call"] * 7
+
+
+# Honesty -----------------------------------------------------------------------------------------------------------
+
+
+def _status(problem: Problem, entry: Entry) -> Result:
+    results, _ = prepare(problem, [entry])
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("operation", "rank"), [("galore_update", 8), ("adam8bit_update", None)])
+def test_a_right_step_passes(operation: str, rank: int | None, dtype: torch.dtype) -> None:
+    problem = Problem(Case(operation, "two", ((96, 64), (64, 96)), rank, dtype), CPU)
+    assert _status(problem, _entry("right", _adam_step)).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda problem: (problem.weights(), lambda: None), "does nothing"),
+        (lambda problem: _adam_step(problem, only=0), "does nothing: matrix 1"),
+        (lambda problem: _adam_step(problem, factor=-1.0), "the wrong way"),
+        (lambda problem: _adam_step(problem, factor=0.3), "times as far"),
+        (lambda problem: _adam_step(problem, factor=100.0), "times as far"),
+    ],
+    ids=["nothing", "one matrix only", "climbs", "clipped", "jumps"],
+)
+@pytest.mark.parametrize(("operation", "rank"), [("galore_update", 8), ("adam8bit_update", None)])
+def test_a_rival_that_moves_the_weights_wrongly_is_called_broken(
+    operation: str, rank: int | None, make: Callable[[Problem], tuple[list[Tensor], Callable[[], object]]], reason: str
+) -> None:
+    problem = Problem(Case(operation, "two", ((96, 64), (64, 96)), rank, torch.float32), CPU)
+    result = _status(problem, _entry("planted", make))
+    assert result.status == "broken"
+    assert reason in result.reason
+
+
+def test_a_broken_rival_is_not_timed() -> None:
+    entry = _entry("planted", lambda problem: (problem.weights(), lambda: None))
+    results = run(Problem(_case(), CPU), [entry], rounds=2, clock=CpuClock(), flush=lambda: None)
+    assert [(r.status, r.seconds) for r in results] == [("broken", [])]
+
+
+def test_a_rival_that_raises_is_listed_with_its_error() -> None:
+    def make(problem: Problem) -> tuple[None, Callable[[], object]]:
+        raise RuntimeError("no kernel image")
+
+    result = _status(Problem(_case(), CPU), _entry("planted", make))
+    assert (result.status, result.reason) == ("failed", "RuntimeError: no kernel image")
+
+
+def test_an_unavailable_implementation_is_listed_with_its_reason() -> None:
+    def make(problem: Problem) -> tuple[None, Callable[[], object]]:
+        raise UnavailableError("needs CUDA")
+
+    result = _status(Problem(_case(), CPU), _entry("planted", make))
+    assert (result.status, result.reason) == ("missing", "needs CUDA")
+
+
+def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("bitsandbytes", "galore_torch"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    results, runnable = prepare(Problem(_case(), CPU), rivals.entries())
+    missing = {r.name: r.reason for r in results if r.status == "missing"}
+    assert set(missing) == {rivals.GALORE_8BIT, rivals.GALORE_ADAMW, rivals.BNB_8BIT}
+    assert "pip install bitsandbytes" in missing[rivals.BNB_8BIT]
+    assert "pip install galore-torch" in missing[rivals.GALORE_ADAMW]
+    assert set(runnable) == {rivals.TWO_PRODUCTS, rivals.TORCH_FUSED, rivals.TORCH_FOREACH}
+
+
+# Ratios and goals --------------------------------------------------------------------------------------------------
+
+
+def _row(operation: str, ours: float, **others: float) -> Row:
+    full_rank = operation == "adam8bit_update"
+    case = Case(operation, "1024x4096", ((1024, 4096),), None if full_rank else 128, torch.float32)
+    names = {"bnb": rivals.BNB_8BIT, "galore": rivals.GALORE_8BIT, "products": rivals.TWO_PRODUCTS}
+    work = Work(10_000_000, 0, 0)  # 1 ms at LIMITS
+    results = [Result("ours: cpu", "ours", "ok", work=work, seconds=[ours] * 3)]
+    results += [Result(names[key], "rival", "ok", work=work, seconds=[t] * 3) for key, t in others.items()]
+    return Row(case, results)
+
+
+def _verdicts(row: Row) -> dict[str, Goal]:
+    return {goal.text: goal for goal in goals([row], ["ours: cpu"], "ours: optimizer", LIMITS)}
+
+
+def test_goals_met_missed_and_unknown() -> None:
+    found = _verdicts(_row("galore_update", 0.010, galore=0.017, products=0.008))
+    assert found[f"no slower than {rivals.GALORE_8BIT}"].verdict == "met"
+    assert found["within 1.3 x of its two products"].value == pytest.approx(1.25)
+    assert found["within 1.3 x of its two products"].verdict == "met"
+    missed = found[f"at least 1.8 x faster than {rivals.GALORE_8BIT}"]
+    assert missed.value == pytest.approx(1.7)
+    assert missed.verdict == "missed"
+    assert missed.at_floor == pytest.approx(17.0)
+    unknown = _verdicts(_row("adam8bit_update", 0.010))[f"at least 8 x faster than {rivals.BNB_8BIT}"]
+    assert (unknown.value, unknown.verdict, unknown.reason) == (None, "unknown", "not in this run")
+
+
+@pytest.mark.parametrize(("theirs", "verdict"), [(0.005, "LOSS"), (0.020, "win"), (0.010, "LOSS")])
+def test_a_ratio_says_who_won(theirs: float, verdict: str) -> None:
+    (ratio,) = all_ratios([_row("adam8bit_update", 0.010, bnb=theirs)], ["ours: cpu"])
+    assert ratio.ratio == pytest.approx(theirs / 0.010)
+    assert ratio.verdict == verdict
+
+
+def test_a_ratio_within_the_spread_is_even() -> None:
+    row = _row("adam8bit_update", 0.010, bnb=0.010)
+    row.results[1].seconds = [0.008, 0.011, 0.013]
+    assert all_ratios([row], ["ours: cpu"])[0].verdict == "even"
+
+
+# The command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--shapes", "512"],
+        ["--shapes", "0x4"],
+        ["--ranks", "0"],
+        ["--dtypes", "fp8"],
+        ["--operations", "sgd"],
+        ["--threads", "-1"],
+        ["--quick", "--sweep"],
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        kernel_bench.parse(arguments)
+    assert stopped.value.code == 2
+    assert "expected" in capsys.readouterr().err or "--sweep" in arguments
+
+
+def _run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / name), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_quick_run_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "quick.json"
+    done = _run_script("kernel_bench.py", "--quick", "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads(out.read_text())
+    assert {row["operation"] for row in data["rows"]} == {"galore_update", "lowrank_update", "adam8bit_update"}
+    assert {row["dtype"] for row in data["rows"]} == {"fp32", "bf16"}
+    expected = {entry.name for entry in rivals.entries() if "galore_update" in entry.operations}
+    for row in data["rows"]:
+        named = {result["name"] for result in row["results"]}
+        assert {"ours: cpu", "ours: cuda", "ours: triton", "ours: reference (unfused torch)"} <= named
+        if row["operation"] == "galore_update":
+            assert expected <= named
+        for result in row["results"]:
+            assert result["status"] in ("ok", "missing", "broken", "failed")
+            if result["status"] == "ok":
+                assert len(result["samples_ms"]) == data["method"]["rounds"]
+                assert result["first_quartile_ms"] <= result["median_ms"] <= result["third_quartile_ms"]
+            else:
+                assert result["reason"]
+    assert data["machine"]["threads"] == 1
+    assert data["machine"]["versions"]["torch"] == torch.__version__
+    assert data["ratios"]
+    assert data["goals"]
+
+
+def test_pictures_of_rows_and_of_a_sweep(tmp_path: Path) -> None:
+    import picture
+
+    rows = [_row("galore_update", 0.010, galore=0.017, products=0.008)]
+    rows[0].results.append(Result("ours: cuda", "ours", "missing", "not part of this build"))
+    picture.draw_rows(tmp_path / "rows.png", rows, LIMITS, "footer")
+    picture.draw_sweep(tmp_path / "sweep.png", rows, ["ours: cpu"], rivals.GALORE_8BIT, "footer")
+    for name in ("rows.png", "sweep.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_state_bytes_of_llama_60m_by_hand() -> None:
+    pytest.importorskip("transformers", reason="pretrain extra")
+    import state_bytes
+
+    counted = {count.optimizer: count.bytes for count in state_bytes.counts("60m")}
+    hidden, middle, rank, layers, words = 512, 1376, 128, 8, 32_000
+    scalars = 4 + 8  # step and skipped
+    # 8-bit moments of n elements, n a multiple of 256 here: 2 (n + 4 n / 256) bytes
+    moments = {n: 2 * (n + n // 64) for n in (hidden * rank, middle * rank, words * hidden)}
+    bases = 2 * hidden * rank  # bfloat16; the short side is 512 in all seven matrices
+    layer = 4 * moments[hidden * rank] + 3 * moments[middle * rank] + 7 * (bases + scalars)
+    norms = (2 * layers + 1) * (2 * 4 * hidden + scalars)  # small tensors: float32 moments
+    expected = layers * layer + norms + 2 * (moments[words * hidden] + scalars)
+    assert counted["GaLoreFusedAdam8bit"] == expected
+    parameters = layers * (4 * hidden**2 + 3 * hidden * middle) + 2 * words * hidden + (2 * layers + 1) * hidden
+    assert counted["AdamW, bf16 moments"] == 4 * parameters
