@@ -96,6 +96,8 @@ def draw_sweep(path: Path, rows: Sequence[Row], ours: Sequence[str], other: str,
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
         axis.axhline(1, color="#a03030", linestyle="--", linewidth=1)
         axis.set_xscale("log", base=2)
+        ranks = sorted({rank for points in lines.values() for rank, _ in points})
+        axis.set_xticks(ranks, [str(rank) for rank in ranks])
         axis.set_yscale("log", base=2)
         axis.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
         axis.set_xlabel("rank")

@@ -52,10 +52,6 @@ def updated(param: Tensor, grad: Tensor, state: AdamState, o: AdamOptions, backe
 @pytest.mark.parametrize("case", HYPERPARAMETERS)
 def test_float32_moments_follow_the_papers(backend: str, case: str) -> None:
     o = options(**HYPERPARAMETERS[case])
-    # The tolerance of a direction is that of the usual betas; those of the cases with others are smaller.
-    assert (1 - o.beta1) / np.sqrt(
-        (1 - o.beta2) * (1 - o.beta1**2 / max(o.beta2, 1e-9))
-    ) <= tolerances.LARGEST_DIRECTION
     param = torch.randn(7, 37)
     state = AdamState.zeros((7, 37), eight_bit=False)
     w, m, v = f64(param), np.zeros((7, 37)), np.zeros((7, 37))
@@ -147,9 +143,9 @@ def test_auto_is_the_native_backend_on_the_cpu() -> None:
     assert_same_state(got_state, expected_state)
 
 
-@pytest.mark.parametrize("threads", [2, 7])  # more than tasks have neighbours; more than the machine has cores
+@pytest.mark.parametrize("threads", [2, 7])  # two; more than there are cores, and as many as tasks
 def test_threads_change_nothing(backend: str, threads: int) -> None:
-    n = 7 * 64 * 256 + 13  # seven tasks of 64 blocks and a tail
+    n = 6 * 64 * 256 + 13  # six tasks of 64 blocks and a short one
     param, grad, state = torch.randn(n).bfloat16(), torch.randn(n), warm_state((n,), eight_bit=True)
     o = options(rounding_seed=5, weight_decay=0.1)
     expected, expected_state = updated(param, grad, state, o, backend)
@@ -356,19 +352,26 @@ def test_the_gradient_scale_decides_what_is_representable(backend: str) -> None:
 
 
 @pytest.mark.parametrize("eight_bit", [True, False])
-@pytest.mark.parametrize("value", [1.8446743e19, -1.8446743e19, 1e-30, 1e-45])  # the largest either way; tiny; least
+@pytest.mark.parametrize(
+    "value",
+    [
+        1.8446743e19,  # the largest that has a square
+        -1.8446743e19,
+        1e-30,  # its square is zero in float32; the direction is 0.1 g / eps
+        1e-36,  # beta's share of it is nearly denormal
+    ],
+)
 def test_extreme_gradients_are_followed(backend: str, value: float, eight_bit: bool) -> None:
-    # In float64: 1e-30 squared is 1e-60, which float32 and its v round to 0; the direction is 0.1 g / eps either way.
     param, state = torch.zeros(300), AdamState.zeros((300,), eight_bit=eight_bit)
     grad, o = torch.full((300,), value), options()
     w, _, _ = oracle.adam(f64(param), f64(grad), f64(param), f64(param), oracle_scalars(o, 1))
     got, got_state = updated(param, grad, state, o, backend)
-    # The product 0.1 g is denormal for the least one: rounded by 2^-150 at most, a tenth of it.
-    bound = tolerances.adam_weight(w, 1e-2, 1, torch.float32) * np.abs(w) / 1e-2 + (2.0**-149 if value < 1e-40 else 0)
-    assert_close(got, w, bound, "param")
-    assert got_state.skipped.item() == 0
-    assert moments(got_state)[0].all() or value == 1e-45
-    assert got.isfinite().all()
+    assert_close(got, w, tolerances.adam_weight(w, 1.0, 1, torch.float32) * np.abs(w), "param")
+    assert (got_state.step.item(), got_state.skipped.item()) == (1, 0)
+    m, v = moments(got_state)
+    end = 1 + float(dynamic_map(True)[0]) if eight_bit and value < 0 else 0.0  # the signed map has no -1
+    assert_close(m, 0.1 * f64(grad), (1e-6 + end) * np.abs(f64(grad)), "exp_avg")
+    assert np.isfinite(v).all()
 
 
 @pytest.mark.parametrize("eight_bit", [True, False])
@@ -417,7 +420,7 @@ def largest_update_over_lr(gradients: list[Tensor], *, positive_stays_positive: 
 
 
 def gradients_of_two_scales(then: float) -> list[Tensor]:
-    """Half of each block has gradients 1e4 times as large as the other half's; after ten steps all shrink by ``then``."""
+    """Half of each block has gradients 1e4 times the other half's; after ten steps all are scaled by ``then``."""
     scales = torch.where(torch.arange(512) % 2 == 0, 1.0, 1e-4)
     rng = torch.Generator().manual_seed(3)
     return [scales * torch.randn(512, generator=rng) * (1.0 if step < 10 else then) for step in range(20)]

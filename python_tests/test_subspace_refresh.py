@@ -170,6 +170,11 @@ def test_unusable_gradient_keeps_the_previous_basis(name: str, dtype: torch.dtyp
     assert not empty.any()
 
 
+def test_unusable_gradient_clamps_the_rank_as_a_usable_one_does() -> None:
+    # Else the first basis that is found would have another shape than the one it replaces.
+    assert refresh_basis(torch.zeros(3, 9), 4).shape == refresh_basis(torch.ones(3, 9), 4).shape == (9, 3)
+
+
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_gradient_reaches_no_decomposition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # LAPACK happens to raise on such input; cuSOLVER may return garbage, or not return.
@@ -242,6 +247,8 @@ def test_svd_that_does_not_converge(method: str, shape: tuple[int, int], monkeyp
     expected = refresh_basis(grad, 6, method=method)
     monkeypatch.setattr(torch.linalg, "svd", fail)
     torch.testing.assert_close(refresh_basis(grad, 6, method=method), expected, rtol=0, atol=SAME_COLUMNS)
+    two_rows = torch.zeros(shape).index_copy(0, torch.tensor([3, 8]), _noise(2, shape[1]))
+    assert refresh_basis(two_rows, 6, method=method).any(dim=0).sum() == 2  # eigenvalues that round below zero
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     previous = torch.ones(shape[1], 6)
     assert refresh_basis(grad, 6, method=method, previous=previous) is previous

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import oracle
@@ -19,7 +20,7 @@ CPU_BACKENDS = [name for name in ("cpu", "reference") if backend_info()[name]["a
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 #: Adam's scalars, each set with the reason why it is tried.
-HYPERPARAMETERS: dict[str, dict[str, float | bool]] = {
+HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "usual": {},
     "decay": {"weight_decay": 0.1},  # its order and its factor lr
     "large eps": {"eps": 0.3},  # as large as sqrt(v), so that its place shows
@@ -33,11 +34,11 @@ HYPERPARAMETERS: dict[str, dict[str, float | bool]] = {
 }
 
 
-def options(lr: float = 1e-2, *, lr_dtype: torch.dtype = torch.float32, **scalars: float | bool | int) -> AdamOptions:
+def options(lr: float = 1e-2, *, lr_dtype: torch.dtype = torch.float32, **scalars: Any) -> AdamOptions:
     """AdamOptions from plain numbers."""
     grad_scale = scalars.pop("grad_scale", None)
     scale = None if grad_scale is None else torch.tensor(float(grad_scale))
-    return AdamOptions(torch.tensor(lr, dtype=lr_dtype), grad_scale=scale, **scalars)  # type: ignore[arg-type]
+    return AdamOptions(torch.tensor(lr, dtype=lr_dtype), grad_scale=scale, **scalars)
 
 
 def oracle_scalars(o: AdamOptions, step: int) -> oracle.Adam:

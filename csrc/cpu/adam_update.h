@@ -40,7 +40,8 @@ static inline void moments_block(const Moments& moments, index_t block, index_t 
 template <class T>
 [[gnu::always_inline]] static inline void update_weight_row(T* weight, const float* __restrict x, index_t n,
                                                             index_t first, const WeightRounding& rounding,
-                                                            const AdamCoefficients& c) {
+                                                            const AdamCoefficients& coefficients) {
+    const AdamCoefficients c = coefficients;  // a copy: a store to the weight cannot change it
     if constexpr (sizeof(T) == sizeof(float)) {
         for (index_t i = 0; i < n; ++i) weight[i] = adam_weight(weight[i], x[i], c);
     } else {

@@ -36,23 +36,71 @@ template <class Units, class T>
     }
 }
 
-// A panel from a matrix whose columns are contiguous: source (elements, count) with row stride ld.
-template <class Units, class T>
-static void pack_columns(const T* source, index_t ld, index_t elements, index_t count, index_t width,
-                         float* __restrict out) {
-    for (index_t k = 0; k < elements; k += Units::kDepth, out += width) {
-        const T* row = source + k * ld;
-        if constexpr (Units::kDepth == 1) {
-            load_row(row, count, out);
-        } else {
-            const bool pair = k + 1 < elements;
-            const T* next = pair ? row + ld : row;
-            const std::uint32_t mask = pair ? 0xFFFF0000u : 0u;
-            for (index_t j = 0; j < count; ++j) {
-                out[j] = bits_float((static_cast<std::uint32_t>(next[j].bits) << 16 & mask) | row[j].bits);
+// Asks for the memory of a matrix region that is packed next, a share at each step of the work before it: the packing
+// itself is too short to wait for memory, and its rows are too short for the processor to see a pattern in them.
+class RegionPrefetch {
+  public:
+    RegionPrefetch(const void* corner, index_t row_bytes, index_t stride_bytes, index_t rows, index_t steps)
+        : row_(static_cast<const char*>(corner)),
+          stride_(stride_bytes),
+          row_lines_(ceil_div(row_bytes, kCacheLine) + 1),  // a row need not begin at a line
+          lines_(row_lines_ * rows),
+          per_step_(ceil_div(lines_, steps)) {}
+
+    void step() {
+        for (index_t i = at_most(per_step_, lines_); i > 0; --i, --lines_) {
+            __builtin_prefetch(row_ + line_ * kCacheLine, 0, 2);
+            if (++line_ == row_lines_) {
+                line_ = 0;
+                row_ += stride_;
             }
         }
-        for (index_t j = count; j < width; ++j) out[j] = 0.0f;
+    }
+
+  private:
+    static constexpr index_t kCacheLine = 64;
+    const char* row_;
+    index_t stride_;
+    index_t row_lines_;
+    index_t lines_;  // left
+    index_t per_step_;
+    index_t line_ = 0;  // within the row
+};
+
+// One unit row of a panel: `count` columns of one element row, or of a pair of rows (next null: the pair's second
+// half is zero).
+template <class Units, class T>
+[[gnu::always_inline]] static inline void interleave_row(const T* row, const T* next, index_t count,
+                                                         float* __restrict out) {
+    if constexpr (Units::kDepth == 1) {
+        (void)next;
+        load_row(row, count, out);
+    } else if (next != nullptr) {
+        for (index_t j = 0; j < count; ++j) {
+            out[j] = bits_float(static_cast<std::uint32_t>(next[j].bits) << 16 | row[j].bits);
+        }
+    } else {
+        for (index_t j = 0; j < count; ++j) out[j] = bits_float(row[j].bits);
+    }
+}
+
+// Panels of kWidth columns from a matrix whose columns are contiguous: source (elements, count) with row stride ld.
+// The panels lie panel_stride floats apart. Row by row through all panels, in the order of memory; `count` columns
+// are copied, the rest of the last panel is zero.
+template <class Units, int kWidth, class T>
+static void pack_columns(const T* source, index_t ld, index_t elements, index_t count, index_t panel_stride,
+                         float* __restrict out) {
+    for (index_t k = 0; k < elements; k += Units::kDepth, out += kWidth) {
+        const T* row = source + k * ld;
+        const T* next = k + 1 < elements ? row + ld : nullptr;
+        float* panel = out;
+        index_t j = 0;
+        for (; j + kWidth <= count; j += kWidth, panel += panel_stride) {  // a constant length, hence no call
+            interleave_row<Units>(row + j, next == nullptr ? next : next + j, kWidth, panel);
+        }
+        if (j == count) continue;
+        interleave_row<Units>(row + j, next == nullptr ? next : next + j, count - j, panel);
+        for (index_t i = count - j; i < kWidth; ++i) panel[i] = 0.0f;
     }
 }
 

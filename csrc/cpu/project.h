@@ -51,10 +51,12 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
     for_each_task(blocks, threads, [&](index_t block, int) {
         const index_t first = block * kBlock, elements = at_most(kBlock, short_size - first);
         float* out = packed_basis + block * kProjectDepth * padded_rank;
-        for (index_t column = 0; column < rank; column += kTileColumns) {
-            const index_t width = at_most(kTileColumns, padded_rank - column);
-            pack_columns<Units>(basis + first * rank + column, rank, elements, at_most(width, rank - column), width, out);
-            out += width * units_deep<Units>(elements);
+        const index_t depth = units_deep<Units>(elements), narrow = padded_rank % kTileColumns;
+        const index_t wide = padded_rank - narrow;
+        pack_columns<Units, kTileColumns>(basis + first * rank, rank, elements, at_most(wide, rank), kTileColumns * depth,
+                                          out);
+        if (narrow != 0) {
+            pack_columns<Units, kLanes>(basis + first * rank + wide, rank, elements, rank - wide, 0, out + wide * depth);
         }
     });
 
@@ -70,20 +72,30 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
         for (index_t block = 0; block < blocks; ++block) {
             const index_t first = block * kBlock, elements = at_most(kBlock, short_size - first);
             const index_t depth = units_deep<Units>(elements);
-            for (index_t row = 0; row < rows; row += kTileRows) {
-                float* tile = tiles + row * kProjectDepth;
-                const index_t count = at_most(kTileRows, rows - row);
-                if constexpr (kSide == Side::right) {
-                    for (index_t i = 0; i < kTileRows; ++i) {
-                        // Rows beyond the edge repeat the last one; their sums are not stored.
-                        const index_t source_row = first_row + row + at_most(i, count - 1);
-                        units_along<Units>(grad + source_row * short_size + first, elements, tile + i * kProjectDepth);
-                    }
-                } else {
-                    pack_columns<Units>(grad + first * long_size + first_row + row, long_size, elements, count, kTileRows,
-                                        tile);
+            if constexpr (kSide == Side::right) {
+                for (index_t row = 0; row < rows; ++row) {
+                    units_along<Units>(grad + (first_row + row) * short_size + first, elements, tiles + row * kProjectDepth);
                 }
+                // Rows beyond the edge repeat the last one; their sums are not stored.
+                for (index_t row = rows; row % kTileRows != 0; ++row) {
+                    std::memcpy(tiles + row * kProjectDepth, tiles + (rows - 1) * kProjectDepth, kProjectDepth * sizeof(float));
+                }
+            } else {
+                pack_columns<Units, kTileRows>(grad + first * long_size + first_row, long_size, elements, rows,
+                                               kTileRows * kProjectDepth, tiles);
             }
+            // The tasks are handed out in order, so this thread's next one is about `threads` further on.
+            const bool last_block = block == blocks - 1;
+            const index_t next_row = last_block ? first_row + threads * kProjectRows : first_row;
+            const index_t next_rows = at_most(kProjectRows, long_size - next_row);
+            const index_t next_first = last_block ? 0 : first + kBlock;
+            const index_t next_elements = next_rows > 0 ? at_most(kBlock, short_size - next_first) : 0;
+            const index_t steps = ceil_div(rows, kTileRows) * ceil_div(rank, kTileColumns);
+            RegionPrefetch ahead = kSide == Side::right
+                                       ? RegionPrefetch(grad + next_row * short_size + next_first, next_elements * sizeof(G),
+                                                        short_size * sizeof(G), next_rows, steps)
+                                       : RegionPrefetch(grad + next_first * long_size + next_row, next_rows * sizeof(G),
+                                                        long_size * sizeof(G), next_elements, steps);
             const float* panel = packed_basis + block * kProjectDepth * padded_rank;
             for (index_t column = 0; column < rank; column += kTileColumns) {
                 const index_t width = at_most(kTileColumns, padded_rank - column);
@@ -91,6 +103,7 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
                 for (index_t row = 0; row < rows; row += kTileRows) {
                     alignas(64) float sums[kTileRows * kTileColumns];
                     const float* tile = tiles + row * kProjectDepth;
+                    ahead.step();
                     if (width == kTileColumns) {
                         multiply_tile<Units, 2, kRowStride, kStepStride>(tile, panel, depth, sums);
                     } else {

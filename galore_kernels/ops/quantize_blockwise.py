@@ -43,25 +43,35 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool, *, backend
     return torch.ops.galore_kernels.dequantize_blockwise(codes, absmax, signed, backend)
 
 
-def _quantize(x: Tensor, signed: bool, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def _check_quantize(x: Tensor) -> None:
     check_tensor("quantize_blockwise", "x", x, device=x.device, dtypes=WEIGHT_DTYPES)
+
+
+def _quantize(x: Tensor, signed: bool, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    _check_quantize(x)
     run = registry.kernel("quantize_blockwise", backend, x.device)
     return run(x.contiguous(), signed)
 
 
 def _quantize_fake(x: Tensor, signed: bool, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    _check_quantize(x)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     return codes, torch.empty(block_count(x.numel()), dtype=torch.float32, device=x.device)
 
 
-def _dequantize(codes: Tensor, absmax: Tensor, signed: bool, backend: str = "auto") -> Tensor:
+def _check_dequantize(codes: Tensor, absmax: Tensor) -> None:
     op, device, shape = "dequantize_blockwise", codes.device, (block_count(codes.numel()),)
     check_tensor(op, "codes", codes, device=device, dtypes=(torch.uint8,))
     check_tensor(op, "absmax", absmax, device=device, dtypes=(torch.float32,), shape=shape, contiguous=True)
-    return registry.kernel(op, backend, device)(codes.contiguous(), absmax, signed)
+
+
+def _dequantize(codes: Tensor, absmax: Tensor, signed: bool, backend: str = "auto") -> Tensor:
+    _check_dequantize(codes, absmax)
+    return registry.kernel("dequantize_blockwise", backend, codes.device)(codes.contiguous(), absmax, signed)
 
 
 def _dequantize_fake(codes: Tensor, absmax: Tensor, signed: bool, backend: str = "auto") -> Tensor:
+    _check_dequantize(codes, absmax)
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 

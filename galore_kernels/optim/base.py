@@ -261,12 +261,12 @@ class GaLoreAdam(Optimizer):
                 param.copy_(weight.view(param.shape))
         # Only now, when nothing can fail any more: a step that raised has changed nothing of this parameter. A skipped
         # step hasn't either: a basis found in a gradient that is not used goes with it.
-        if int(state["step"]) > step:
+        stepped, skips = int(state["step"]) > step, int(state["skipped"])
+        if stepped:
             state.update(changed)
-        if fresh:
+        if fresh and (stepped or skips):
             self.state[param] = state
-        after = int(state["skipped"])
-        return after if after > skipped else 0
+        return skips if skips > skipped else 0
 
     def _report_skip(self, name: str, skipped: int) -> None:
         # At 1, 2, 4, 8, ... skipped steps: a broken run is told of it without being drowned in it.
@@ -293,6 +293,8 @@ class GaLoreAdam(Optimizer):
         total = 0
         for _, _, param, group in self._named_params():
             state = self.state.get(param)
+            if not state and param.numel() == 0:
+                continue  # it never takes a step
             if not state:
                 state = self._layout(param, group).new_state(torch.empty_like(param, device="meta"))
             total += tensor_bytes(state)

@@ -26,8 +26,8 @@ __all__ = ["streamed_tokens"]
 def streamed_tokens(config: Config, tokenization: Tokenization, cache: Path) -> tuple[npt.NDArray[Any], int]:
     """Tokens of ``config.dataset`` ("NAME" or "NAME:CONFIGURATION"), memory-mapped, and how many of them train.
 
-    Documents of its ``train`` split are taken in order until there are ``config.dataset_tokens`` training tokens;
-    a document validates by the hash of its number. A second run finds the file in ``cache``.
+    Documents of its ``train`` split are taken in order until there are ``config.dataset_tokens`` training tokens and
+    a twentieth as many for validation; a document validates by the hash of its number. A second run finds the file in ``cache``.
 
     Raises:
         PretrainError: ``datasets`` is missing, or the data set cannot be opened, is empty or has no such column.
@@ -65,7 +65,7 @@ def _texts(config: Config) -> Iterator[str]:
 
 def _write(path: Path, texts: Iterable[str], wanted: int, tokenization: Tokenization) -> int:
     temporary = path.with_name(path.name + ".tmp")
-    held_out: list[npt.NDArray[Any]] = []  # a twentieth of the text, in memory until the training tokens are out
+    held_out: list[npt.NDArray[Any]] = []  # in memory until the training tokens are out
     held_out_limit = int(wanted * VALIDATION_SHARE) + 1
     held_out_tokens = written = 0
     with open(temporary, "wb") as file:
@@ -78,7 +78,7 @@ def _write(path: Path, texts: Iterable[str], wanted: int, tokenization: Tokeniza
                 ids = ids[: wanted - written]
                 file.write(ids.tobytes())
                 written += len(ids)
-            if written >= wanted:
+            if written >= wanted and held_out_tokens >= held_out_limit:
                 break
         for ids in held_out:
             file.write(ids.tobytes())

@@ -208,6 +208,9 @@ class _Run:
         self.display.show(self.log.write("validation", step=self.progress.step, loss=self.progress.validation_loss))
 
     def _save(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            # The loss of this step was that of the weights before it. A good checkpoint must not make way for this.
+            raise self._not_finite("some weights are no longer finite", self.progress.step)
         self.log.sync()  # the checkpoint's step promises that the log is complete up to it
         path = save_run(self.folder, self.config, self.corpus, self.model, self.optimizer, self.progress, self.device)
         self.display.show({"kind": "saved", "step": self.progress.step, "path": str(path)})
@@ -220,7 +223,10 @@ class _Run:
 
     def _expect_finite(self, loss: float, kind: str, step: int) -> None:
         if not math.isfinite(loss):
-            raise PretrainError(
-                f"the {kind} loss became {loss} at step {step}: lower --lr, or set --clip 1; the checkpoints saved "
-                f"before are untouched in {self.folder}"
-            )
+            raise self._not_finite(f"the {kind} loss became {loss}", step)
+
+    def _not_finite(self, what: str, step: int) -> PretrainError:
+        return PretrainError(
+            f"{what} at step {step}: lower --lr, or set --clip 1; the checkpoints saved before are untouched in "
+            f"{self.folder}"
+        )

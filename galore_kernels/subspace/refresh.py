@@ -130,7 +130,8 @@ def _leading_right_vectors(grad: Tensor, largest: float, rank: int, source: torc
 
     pivot = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     basis = torch.where(pivot < 0, -basis, basis)
-    return basis.masked_fill_(sigma <= _noise_level(matrix, sigma[0], grad.dtype), 0.0).contiguous()
+    active = sigma > _noise_level(matrix, sigma[0], grad.dtype)  # false for NaN as well
+    return basis.masked_fill_(~active, 0.0).contiguous()
 
 
 def _sketch(matrix: Tensor, columns: int, source: torch.Generator) -> Tensor:
@@ -170,7 +171,7 @@ def _left_singular_square(core: Tensor) -> tuple[Tensor, Tensor]:
         # float64 that leaves errors of 1e-8 sigma_1, below the noise level of every shape.
         core64 = core.double()
         squares, vectors = torch.linalg.eigh(core64 @ core64.mT)
-        return vectors.flip(-1).float(), squares.flip(-1).clamp_min(0.0).sqrt().float()
+        return vectors.flip(-1).float(), squares.flip(-1).sqrt().float()  # NaN of a square that rounded below zero
 
 
 def _noise_level(matrix: Tensor, sigma_1: Tensor, grad_dtype: torch.dtype) -> Tensor:
