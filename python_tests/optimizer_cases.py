@@ -56,7 +56,10 @@ def set_grads(params: Mapping[str, Tensor], step: int, dtype: torch.dtype | None
 
 
 def train(
-    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], steps: Iterable[int], dtype: torch.dtype | None = None
+    optimizer: torch.optim.Optimizer,
+    params: Mapping[str, Tensor],
+    steps: Iterable[int],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Takes the given steps, each with its own gradients."""
     for step in steps:

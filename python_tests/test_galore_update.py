@@ -422,6 +422,18 @@ def test_an_unrepresentable_gradient_changes_only_the_count(
         assert_same_state(replace(got_state, skipped=p.state.skipped), p.state)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_gradient_projected_on_both_sides_counts_after_both(backend: str, side: str) -> None:
+    # Representable after the first projection alone; after the second alone.
+    for size, factor, skipped in ((1e17, 1e6, 1), (1e25, 1e-10, 0)):
+        p = make_problem(37, 53, 5, side, long_rank=4)
+        assert p.long_basis is not None
+        p = replace(p, grad=p.grad * size, long_basis=p.long_basis * factor)
+        got, got_state = p.solved(backend)
+        assert got_state.skipped.item() == skipped
+        assert got.isfinite().all()
+
+
 def test_an_unrepresentable_lowrank_gradient_changes_only_the_count(backend: str) -> None:
     for value in (torch.nan, -torch.inf, 1.8446746e19):  # the last is the first float32 whose square is not finite
         p = make_problem(37, 53, 5, "left", eight_bit=True)

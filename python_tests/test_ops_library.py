@@ -288,6 +288,10 @@ BAD_CALLS: dict[str, tuple[str, Callable[[Call], Call]]] = {
         "param must be without overlapping",
         lambda c: replace(c, param=expanded(tuple(c.param.shape))),
     ),
+    "weight of sliding windows": (
+        "param must be without overlapping",
+        lambda c: replace(c, param=torch.zeros(ROWS + COLS - 1).unfold(0, COLS, 1)),
+    ),
     "sparse gradient": ("grad must be a dense", lambda c: replace(c, grad=sparse(c.grad))),
     "complex gradient": ("grad must be", lambda c: replace(c, grad=c.grad.to(torch.complex64))),
     "double gradient": ("grad must be", lambda c: replace(c, grad=c.grad.double())),

@@ -72,7 +72,7 @@ def test_a_group_added_later_follows_the_same_rule(backend: str, first_has_rank:
 
 
 def test_group_values_override_the_constructors(backend: str) -> None:
-    own = {"lr": 0.03, "betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.2, "rank": 5, "scale": 2.0}
+    own: dict[str, Any] = {"lr": 0.03, "betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.2, "rank": 5, "scale": 2.0}
     own |= {"update_proj_gap": 2, "proj_type": "left", "refresh_method": "svd", "maximize": True, "seed": 9}
     shape = {"w": (40, 30)}
     in_group, alone = make_params(shape), make_params(shape)
@@ -139,10 +139,17 @@ def test_proj_types_keep_the_side_their_name_says(backend: str, proj_type: str, 
     torch.testing.assert_close(along, change, rtol=0, atol=1e-5 * float(change.abs().max()))
 
 
+def channels_last(module: nn.Module) -> nn.Module:
+    for param in module.parameters():
+        if param.dim() == 4:
+            param.data = param.data.to(memory_format=torch.channels_last)
+    return module
+
+
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "3-D": (lambda: nn.Conv1d(6, 20, 5), (20, 30)),
     "4-D": (lambda: nn.Conv2d(4, 20, 3), (20, 36)),
-    "channels_last": (lambda: nn.Conv2d(4, 20, 3).to(memory_format=torch.channels_last), (20, 36)),
+    "channels_last": (lambda: channels_last(nn.Conv2d(4, 20, 3)), (20, 36)),
 }
 
 

@@ -184,7 +184,7 @@ class RefreshSpy:
 
 
 @pytest.mark.parametrize("gap", [1, 3, 4])
-def test_refreshes_at_0_T_2T(backend: str, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refreshes_at_every_multiple_of_the_gap(backend: str, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params({"w": (40, 30)})
     optimizer = GaLoreFusedAdamW(params.values(), rank=4, update_proj_gap=gap, backend=backend)
     spy = RefreshSpy(monkeypatch)

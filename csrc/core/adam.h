@@ -74,8 +74,9 @@ GK_HOST_DEVICE float adam_direction(float m, float v, const AdamCoefficients& c)
     return denominator == 0.0f ? 0.0f : quotient;
 }
 
-// x is u at full rank and the element of U @ P.T at low rank.
-GK_HOST_DEVICE float adam_weight(float w, float x, const AdamCoefficients& c) {
+// x is u at full rank and the element of U @ P.T at low rank. F is float, or a CPU kernel's vector of floats.
+template <class F>
+GK_HOST_DEVICE F adam_weight(F w, F x, const AdamCoefficients& c) {
     return (w - c.step_size * x) * c.decay;
 }
 

@@ -7,20 +7,26 @@ namespace gk {
 
 GK_HOST_DEVICE float bf16_to_float(std::uint16_t bits) { return bits_float(static_cast<std::uint32_t>(bits) << 16); }
 
-// Nearest even; a NaN becomes the quiet one (adding the rounding bias could turn it into an infinity).
-GK_HOST_DEVICE std::uint16_t float_to_bf16(float x) {
-    const std::uint32_t bits = float_bits(x);
-    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+// The bf16 pattern nearest to a float's bits, ties to even; a NaN becomes the quiet one (adding the rounding bias
+// could turn it into an infinity). U is std::uint32_t, or a CPU kernel's vector of them.
+template <class U>
+GK_HOST_DEVICE U bf16_nearest(U bits) {
+    const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? U{} + 0x7FC0u : rounded;
 }
 
 // Rounds up with the probability of the discarded fraction: random16 is uniform on 0..65535. Infinities and NaN
 // have no neighbours to choose from and are rounded to nearest.
+template <class U>
+GK_HOST_DEVICE U bf16_stochastic(U bits, U random16) {
+    const U rounded = (bits + random16) >> 16;
+    return (bits & 0x7F800000u) == 0x7F800000u ? bf16_nearest(bits) : rounded;
+}
+
+GK_HOST_DEVICE std::uint16_t float_to_bf16(float x) { return static_cast<std::uint16_t>(bf16_nearest(float_bits(x))); }
+
 GK_HOST_DEVICE std::uint16_t float_to_bf16_stochastic(float x, std::uint32_t random16) {
-    const std::uint32_t bits = float_bits(x);
-    const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-    const std::uint32_t stochastic = (bits + random16) >> 16;
-    return static_cast<std::uint16_t>(finite ? stochastic : float_to_bf16(x));
+    return static_cast<std::uint16_t>(bf16_stochastic(float_bits(x), random16));
 }
 
 // Integer arithmetic alone: correct whatever the rounding and denormal modes, and the same on every compiler.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <type_traits>
 
 #include "quantize_blockwise.h"
 
@@ -21,8 +22,8 @@ static inline void moments_block(const Moments& moments, index_t block, index_t 
     std::uint8_t* m_codes = static_cast<std::uint8_t*>(moments.m) + first;
     std::uint8_t* v_codes = static_cast<std::uint8_t*>(moments.v) + first;
     if (quantized) {
-        decode_block(m_codes, moments.m_absmax[block], n, true, m);
-        decode_block(v_codes, moments.v_absmax[block], n, false, v);
+        decode_block<true>(m_codes, moments.m_absmax[block], n, m);
+        decode_block<false>(v_codes, moments.v_absmax[block], n, v);
     }
     for (index_t i = 0; i < n; ++i) {
         m[i] = adam_first_moment(m[i], g[i], c);
@@ -35,6 +36,32 @@ static inline void moments_block(const Moments& moments, index_t block, index_t 
     }
 }
 
+// The bf16 case of the following; round_vector and round_one take the element's index and the new weight's bits.
+template <class RoundVector, class RoundOne>
+[[gnu::always_inline]] static inline void update_bf16_row(std::uint16_t* weight, const float* __restrict x, index_t n,
+                                                          const AdamCoefficients& c, const RoundVector& round_vector,
+                                                          const RoundOne& round_one) {
+    index_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Vector w = reinterpret_cast<Vector>(load_halves(weight + i) << 16);
+        store_halves(weight + i, round_vector(i, reinterpret_cast<VectorBits>(adam_weight(w, load(x + i), c))));
+    }
+    for (; i < n; ++i) {
+        const float w = adam_weight(bf16_to_float(weight[i]), x[i], c);
+        weight[i] = static_cast<std::uint16_t>(round_one(i, float_bits(w)));
+    }
+}
+
+// Not inlined: the random bits would take the registers that the loops around the common case keep constants in.
+[[gnu::noinline]] static void update_bf16_row_stochastic(std::uint16_t* weight, const float* x, index_t n, index_t first,
+                                                         const WeightRounding& rounding, const AdamCoefficients& c) {
+    RandomBuffer buffer;
+    const std::uint16_t* random = random_row(rounding.seed, rounding.stream, first, n, buffer);
+    update_bf16_row(
+        weight, x, n, c, [&](index_t i, VectorBits w) { return bf16_stochastic(w, load_halves(random + i)); },
+        [&](index_t i, std::uint32_t w) { return bf16_stochastic(w, std::uint32_t{random[i]}); });
+}
+
 // w <- adam_weight(w, x) for n consecutive elements, of which the first has the flat index first; n <= kRandomRow
 // where the rounding is stochastic.
 template <class T>
@@ -42,16 +69,21 @@ template <class T>
                                                             index_t first, const WeightRounding& rounding,
                                                             const AdamCoefficients& coefficients) {
     const AdamCoefficients c = coefficients;  // a copy: a store to the weight cannot change it
-    if constexpr (sizeof(T) == sizeof(float)) {
-        for (index_t i = 0; i < n; ++i) weight[i] = adam_weight(weight[i], x[i], c);
-    } else {
+    if constexpr (std::is_same_v<T, float>) {
+        index_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) store(weight + i, adam_weight(load(weight + i), load(x + i), c));
+        for (; i < n; ++i) weight[i] = adam_weight(weight[i], x[i], c);
+    } else if constexpr (std::is_same_v<T, Fp16>) {
         float w[kQuantBlock];
         load_row(weight, n, w);
         for (index_t i = 0; i < n; ++i) w[i] = adam_weight(w[i], x[i], c);
-        if (!rounding.stochastic) return store_row(w, n, weight);
-        RandomBuffer buffer;
-        const std::uint16_t* random = random_row(rounding.seed, rounding.stream, first, n, buffer);
-        for (index_t i = 0; i < n; ++i) weight[i].bits = float_to_bf16_stochastic(w[i], random[i]);
+        store_row(w, n, weight);
+    } else if (rounding.stochastic) {
+        update_bf16_row_stochastic(&weight->bits, x, n, first, rounding, c);
+    } else {
+        update_bf16_row(
+            &weight->bits, x, n, c, [](index_t, VectorBits w) { return bf16_nearest(w); },
+            [](index_t, std::uint32_t w) { return bf16_nearest(w); });
     }
 }
 

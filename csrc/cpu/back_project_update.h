@@ -25,6 +25,16 @@ struct PackedOperand {
     index_t count;
 };
 
+// `rows` rows of kTileColumns: lengths that are constants, in a function whose registers hold nothing else.
+template <class W>
+[[gnu::noinline]] static void update_tile(W* weight, index_t ld, index_t corner, index_t rows, const float* x,
+                                          const WeightRounding& rounding, const AdamCoefficients& coefficients) {
+    const AdamCoefficients c = coefficients;
+    for (index_t i = 0; i < rows; ++i, corner += ld, x += kTileColumns) {
+        update_weight_row(weight + corner, x, kTileColumns, corner, rounding, c);
+    }
+}
+
 // The part of W with rows `a` and columns `b`.
 template <class Units, class W>
 static void update_region(W* weight, index_t ld, const PackedOperand& a, const PackedOperand& b, index_t depth,
@@ -38,10 +48,12 @@ static void update_region(W* weight, index_t ld, const PackedOperand& a, const P
                 const index_t width = at_most(kTileColumns, padded - column);
                 const index_t columns = at_most(width, b.count - column);
                 const index_t corner = (a.first + row) * ld + b.first + column;
+                // Into the second-level cache: rows a power of two apart share so few sets of the first that they
+                // would evict one another.
                 for (index_t i = 0; i < rows; ++i) {
                     const char* line = reinterpret_cast<const char*>(weight + corner + i * ld);
-                    __builtin_prefetch(line, 1);
-                    __builtin_prefetch(line + sizeof(W) * static_cast<std::size_t>(columns) - 1, 1);
+                    __builtin_prefetch(line, 0, 1);
+                    __builtin_prefetch(line + sizeof(W) * static_cast<std::size_t>(columns) - 1, 0, 1);
                 }
                 alignas(64) float x[kTileRows * kTileColumns];
                 const float* tile = a.data + row * depth;
@@ -51,13 +63,13 @@ static void update_region(W* weight, index_t ld, const PackedOperand& a, const P
                 } else {
                     multiply_tile<Units, 1, 1, kTileRows>(tile, panel, depth, x);
                 }
+                if (columns == kTileColumns) {
+                    update_tile(weight, ld, corner, rows, x, rounding, c);
+                    continue;
+                }
                 for (index_t i = 0; i < rows; ++i) {
                     const index_t first = corner + i * ld;
-                    if (columns == kTileColumns) {  // a constant length for the vectorizer
-                        update_weight_row(weight + first, x + i * kTileColumns, kTileColumns, first, rounding, c);
-                    } else {
-                        update_weight_row(weight + first, x + i * width, columns, first, rounding, c);
-                    }
+                    update_weight_row(weight + first, x + i * width, columns, first, rounding, c);
                 }
             }
         }

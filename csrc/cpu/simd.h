@@ -42,6 +42,28 @@ static inline Vector broadcast(float x) { return Vector{x, x, x, x}; }
 static inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 #endif
 constexpr int kTileVectors = 2;
+
+// The same lanes as bits, and as 16-bit halves in memory. With these the compiler's vector types run core's templates.
+typedef std::uint32_t VectorBits __attribute__((vector_size(4 * kLanes)));
+#if defined(__AVX512F__)
+static inline VectorBits load_halves(const std::uint16_t* p) {
+    return reinterpret_cast<VectorBits>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+static inline void store_halves(std::uint16_t* p, VectorBits x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
+}
+#else
+typedef std::uint16_t HalfVector __attribute__((vector_size(2 * kLanes)));
+static inline VectorBits load_halves(const std::uint16_t* p) {
+    HalfVector halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return __builtin_convertvector(halves, VectorBits);
+}
+static inline void store_halves(std::uint16_t* p, VectorBits x) {
+    const HalfVector halves = __builtin_convertvector(x, HalfVector);
+    std::memcpy(p, &halves, sizeof halves);
+}
+#endif
 constexpr int kTileColumns = kTileVectors * kLanes;
 
 static inline index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }

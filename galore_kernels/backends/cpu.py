@@ -128,9 +128,9 @@ def galore_update(
         *_typed(basis),
         rank,
         _address(lowrank),
-        _inverse_grad_scale(options),
-        _address(workspace),
-        threads,
+        inv_grad_scale=_inverse_grad_scale(options),
+        workspace=_address(workspace),
+        threads=threads,
     )
     if long_basis is not None:
         lowrank = long_basis.float().T @ lowrank

@@ -122,8 +122,13 @@ def check_tensor(
 def check_weight(op: str, param: Tensor) -> None:
     """Raises ValueError unless ``param`` can be updated in place."""
     check_tensor(op, "param", param, device=param.device, dtypes=WEIGHT_DTYPES)
-    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
-        _fail(op, "param", "without overlapping elements", f"strides {param.stride()}", "clone it")
+    if param.is_contiguous():
+        return
+    extent = 1  # elements that the dimensions of smaller stride reach over
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1 and stride < extent:
+            _fail(op, "param", "without overlapping elements", f"strides {param.stride()}", "clone it")
+        extent += (size - 1) * stride
 
 
 def check_adam(op: str, param: Tensor, numel: int, state: AdamState, options: AdamOptions) -> None:

@@ -100,7 +100,8 @@ class GaLoreAdam(Optimizer):
         if not explicit and self._ranks_are_explicit:
             group["rank"] = None
         group["rank_is_explicit"] = explicit
-        group["betas"] = tuple(group.get("betas", self.defaults["betas"]))
+        betas = group.get("betas", self.defaults["betas"])
+        group["betas"] = tuple(betas) if isinstance(betas, list) else betas
         self._check_new_params(group["params"], where)
         first = f' ("{_entry_name(group["params"][0])}")' if group["params"] and _entry_name(group["params"][0]) else ""
         check_group({**self.defaults, **group}, where + first)
@@ -109,6 +110,11 @@ class GaLoreAdam(Optimizer):
     def _check_new_params(self, entries: list[Any], where: str) -> None:
         present = {id(param) for group in self.param_groups for param in group["params"]}
         for position, entry in enumerate(entries):
+            if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
+                raise TypeError(
+                    f"{where}, parameter {position}: expected a tensor or a (name, tensor) pair, got a tuple of "
+                    f"{', '.join(type(item).__name__ for item in entry)}; pass model.named_parameters()"
+                )
             param = entry[1] if isinstance(entry, tuple) else entry
             name = f"{where}, parameter {position}" + (f' ("{_entry_name(entry)}")' if _entry_name(entry) else "")
             check_param(param, name)
@@ -201,8 +207,8 @@ class GaLoreAdam(Optimizer):
             state = self.state.get(param)
             if grad.shape != param.shape or (state and not layout.fits(state)):
                 raise ValueError(
-                    f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)} and its state "
-                    "was made for another shape or rank; it was changed since the last step: make a new optimizer, or "
+                    f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}, and its "
+                    "state was made for another shape or rank; it was changed since the last step: make a new optimizer, or "
                     "restore it"
                 )
             registry.select("adam8bit_update", self._backend, param.device)

@@ -118,6 +118,8 @@ def check_param(param: object, name: str) -> None:
             f"{name}: expected float32, bfloat16 or float16, got {param.dtype}; "
             "convert it, or give it to another optimizer"
         )
+    if not (param.is_leaf or param.retains_grad):
+        raise ValueError(f"{name}: expected a leaf tensor, got a result of {param.grad_fn}; pass the parameter itself")
     if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(f"{name}: expected elements of its own, got an expanded tensor; clone it")
 

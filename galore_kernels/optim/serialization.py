@@ -28,7 +28,10 @@ def add_header(state_dict: dict[str, Any], optimizer: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Schedules computed with numpy leave its scalars in the groups, which a weights-only load refuses."""
-    return float(value) if isinstance(value, Real) and type(value) not in (bool, int, float) else value
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    exact = value is None or type(value) in {bool, int, float}
+    return float(value) if isinstance(value, Real) and not exact else value
 
 
 def checked(

@@ -129,7 +129,8 @@ def _draw_curve(axes: Any, run: RunRecord, color: str) -> None:
 
 def _finish_curves(axes: Any, runs: list[RunRecord]) -> None:
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
+    bytewise = all(run.header["config"]["tokenizer"] is None for run in runs)
+    axes.set_ylabel("loss, nats per byte" if bytewise else "loss, nats per token")
     values = [value for run in runs for value in (*_smoothed(run.train[1]), *run.validation[1])]
     if values:
         low, high = min(values), max(values)
@@ -148,7 +149,7 @@ def _draw_state(axes: Any, runs: list[RunRecord], colors: list[str]) -> None:
     for place, size in zip(places, sizes, strict=True):
         axes.annotate(format_bytes(size), (size / 1e6, place), xytext=(4, 0), textcoords="offset points", va="center")
     axes.set_yticks(places, [run.name for run in runs])
-    axes.invert_yaxis()
+    axes.set_ylim(max(4, len(runs)) - 0.4, -0.6)  # the best run on top; one run alone does not fill the panel
     axes.margins(x=0.25)
     axes.set_xlabel("optimizer state, MB")
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,8 @@ def streamed_tokens(config: Config, tokenization: Tokenization, cache: Path) -> 
     """Tokens of ``config.dataset`` ("NAME" or "NAME:CONFIGURATION"), memory-mapped, and how many of them train.
 
     Documents of its ``train`` split are taken in order until there are ``config.dataset_tokens`` training tokens and
-    a twentieth as many for validation; a document validates by the hash of its number. A second run finds the file in ``cache``.
+    a twentieth as many for validation; a document validates by the hash of its number. A second run finds the file
+    in ``cache``.
 
     Raises:
         PretrainError: ``datasets`` is missing, or the data set cannot be opened, is empty or has no such column.
