@@ -3,8 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <limits>
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -13,6 +12,7 @@
 #include "core/absmax_block.h"
 #include "core/adam.h"
 #include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
 #if defined(GK_WITH_CUDA)
 #include "cuda/quantize_blockwise.h"
 #endif
@@ -47,7 +47,7 @@ index_t at_least(const char* name, index_t value, index_t least) {
 
 int thread_count(index_t threads) {
     at_least("threads", threads, 1);
-    return static_cast<int>(std::min<index_t>(threads, std::numeric_limits<int>::max()));
+    return static_cast<int>(std::min<index_t>(threads, gk::cpu::kMaxThreads));
 }
 
 gk::DType dtype_of(const char* name, int code) {
@@ -62,7 +62,8 @@ gk::Side side_of(int code) {
 
 Moments moments_of(Address m, Address v, Address m_absmax, Address v_absmax) {
     if ((m_absmax == 0) != (v_absmax == 0)) {
-        throw std::invalid_argument("m_absmax, v_absmax: expected both addresses (8-bit moments) or both 0 (fp32 moments)");
+        throw std::invalid_argument(
+            "m_absmax, v_absmax: expected both addresses (8-bit moments) or both 0 (fp32 moments)");
     }
     return Moments{pointer<void>(m), pointer<void>(v), pointer<float>(m_absmax), pointer<float>(v_absmax)};
 }
@@ -76,34 +77,41 @@ gk::AdamScalars scalars_of(double lr, double beta1, double beta2, double eps, do
 Weight weight_of(Address data, int dtype_code, Seed rounding_seed, index_t step) {
     const gk::DType dtype = dtype_of("param_dtype", dtype_code);
     if (rounding_seed && dtype != gk::DType::bfloat16) {
-        throw std::invalid_argument("rounding_seed: stochastic rounding is for bfloat16 parameters (param_dtype=1), got param_dtype=" +
-                                    std::to_string(dtype_code) + "; pass None");
+        throw std::invalid_argument(
+            "rounding_seed: stochastic rounding is for bfloat16 parameters (param_dtype=1), got param_dtype=" +
+            std::to_string(dtype_code) + "; pass None");
     }
-    return Weight{pointer<void>(data), dtype,
-                  WeightRounding{rounding_seed.has_value(), rounding_seed.value_or(0), static_cast<std::uint64_t>(step) + 1}};
+    return Weight{
+        pointer<void>(data), dtype,
+        WeightRounding{rounding_seed.has_value(), rounding_seed.value_or(0), static_cast<std::uint64_t>(step) + 1}};
 }
 
 Projection projection_of(index_t rows, index_t cols, int side, Address basis, int basis_dtype, index_t rank) {
-    return Projection{at_least("rows", rows, 0),  at_least("cols", cols, 0),           side_of(side),
-                      pointer<const void>(basis), dtype_of("basis_dtype", basis_dtype), at_least("rank", rank, 1)};
+    return Projection{at_least("rows", rows, 0),
+                      at_least("cols", cols, 0),
+                      side_of(side),
+                      pointer<const void>(basis),
+                      dtype_of("basis_dtype", basis_dtype),
+                      at_least("rank", rank, 1)};
 }
 
-void quantize_blockwise(Address x, int dtype, index_t n, bool is_signed, Address codes, Address absmax, index_t threads) {
+void quantize_blockwise(Address x, int dtype, index_t n, bool is_signed, Address codes, Address absmax,
+                        index_t threads) {
     const Kernels& kernels = selected_kernels();
     const gk::DType type = dtype_of("dtype", dtype);
     const int count = thread_count(threads);
     at_least("n", n, 0);
     const py::gil_scoped_release unlocked;
-    kernels.quantize_blockwise(pointer<const void>(x), type, n, is_signed, pointer<std::uint8_t>(codes), pointer<float>(absmax),
-                               count);
+    kernels.quantize_blockwise(pointer<const void>(x), type, n, is_signed, pointer<std::uint8_t>(codes),
+                               pointer<float>(absmax), count);
 }
 
 void dequantize_blockwise(Address codes, Address absmax, index_t n, bool is_signed, Address out, index_t threads) {
     const int count = thread_count(threads);
     at_least("n", n, 0);
     const py::gil_scoped_release unlocked;
-    selected_kernels().dequantize_blockwise(pointer<const std::uint8_t>(codes), pointer<const float>(absmax), n, is_signed,
-                                            pointer<float>(out), count);
+    selected_kernels().dequantize_blockwise(pointer<const std::uint8_t>(codes), pointer<const float>(absmax), n,
+                                            is_signed, pointer<float>(out), count);
 }
 
 std::vector<float> dynamic_map(bool is_signed) {
@@ -122,12 +130,13 @@ bool all_representable(Address x, int dtype, index_t n, double inv_grad_scale, i
     const int count = thread_count(threads);
     at_least("n", n, 0);
     const py::gil_scoped_release unlocked;
-    return selected_kernels().all_representable(pointer<const void>(x), type, n, static_cast<float>(inv_grad_scale), count);
+    return selected_kernels().all_representable(pointer<const void>(x), type, n, static_cast<float>(inv_grad_scale),
+                                                count);
 }
 
 void adam_update(Address param, int param_dtype, Address grad, int grad_dtype, Address m, Address v, Address m_absmax,
-                 Address v_absmax, index_t n, double lr, double beta1, double beta2, double eps, double weight_decay, index_t step,
-                 double inv_grad_scale, bool maximize, Seed rounding_seed, index_t threads) {
+                 Address v_absmax, index_t n, double lr, double beta1, double beta2, double eps, double weight_decay,
+                 index_t step, double inv_grad_scale, bool maximize, Seed rounding_seed, index_t threads) {
     const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
     const Weight weight = weight_of(param, param_dtype, rounding_seed, step);
     const gk::DType grad_type = dtype_of("grad_dtype", grad_dtype);
@@ -135,36 +144,38 @@ void adam_update(Address param, int param_dtype, Address grad, int grad_dtype, A
     const int count = thread_count(threads);
     at_least("n", n, 0);
     const py::gil_scoped_release unlocked;
-    selected_kernels().adam_update(weight, pointer<const void>(grad), grad_type, moments, n, gk::adam_coefficients(scalars, 1.0),
-                                   count);
+    selected_kernels().adam_update(weight, pointer<const void>(grad), grad_type, moments, n,
+                                   gk::adam_coefficients(scalars, 1.0), count);
 }
 
-bool project(Address grad, int grad_dtype, index_t rows, index_t cols, int side, Address basis, int basis_dtype, index_t rank,
-             Address lowrank_out, double inv_grad_scale, Address workspace, index_t threads) {
+bool project(Address grad, int grad_dtype, index_t rows, index_t cols, int side, Address basis, int basis_dtype,
+             index_t rank, Address lowrank_out, double inv_grad_scale, Address workspace, index_t threads) {
     const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, rank);
     const gk::DType grad_type = dtype_of("grad_dtype", grad_dtype);
     const int count = thread_count(threads);
     const py::gil_scoped_release unlocked;
-    return selected_kernels().project(pointer<const void>(grad), grad_type, projection, static_cast<float>(inv_grad_scale),
-                                      pointer<float>(lowrank_out), pointer<void>(workspace), count);
+    return selected_kernels().project(pointer<const void>(grad), grad_type, projection,
+                                      static_cast<float>(inv_grad_scale), pointer<float>(lowrank_out),
+                                      pointer<void>(workspace), count);
 }
 
 void lowrank_adam(Address lowrank_inout, index_t n, Address m, Address v, Address m_absmax, Address v_absmax, double lr,
-                  double beta1, double beta2, double eps, double weight_decay, index_t step, double inv_grad_scale, bool maximize,
-                  index_t threads) {
+                  double beta1, double beta2, double eps, double weight_decay, index_t step, double inv_grad_scale,
+                  bool maximize, index_t threads) {
     (void)inv_grad_scale;  // project() has applied it
     const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, 1.0, maximize);
     const Moments moments = moments_of(m, v, m_absmax, v_absmax);
     const int count = thread_count(threads);
     at_least("n", n, 0);
     const py::gil_scoped_release unlocked;
-    selected_kernels().lowrank_adam(pointer<float>(lowrank_inout), n, moments, gk::adam_coefficients(scalars, 1.0), count);
+    selected_kernels().lowrank_adam(pointer<float>(lowrank_inout), n, moments, gk::adam_coefficients(scalars, 1.0),
+                                    count);
 }
 
-void back_project_update(Address param, int param_dtype, index_t rows, index_t cols, int side, Address update, Address basis,
-                         int basis_dtype, index_t rank, double scale, double lr, double beta1, double beta2, double eps,
-                         double weight_decay, index_t step, double inv_grad_scale, bool maximize, Seed rounding_seed,
-                         Address workspace, index_t threads) {
+void back_project_update(Address param, int param_dtype, index_t rows, index_t cols, int side, Address update,
+                         Address basis, int basis_dtype, index_t rank, double scale, double lr, double beta1,
+                         double beta2, double eps, double weight_decay, index_t step, double inv_grad_scale,
+                         bool maximize, Seed rounding_seed, Address workspace, index_t threads) {
     const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
     const Weight weight = weight_of(param, param_dtype, rounding_seed, step);
     const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, rank);
@@ -207,31 +218,34 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, module) {
     using namespace pybind11::literals;
     module.doc() =
-        "Torch-free kernels. Buffers are addresses of contiguous row-major memory; dtype codes: 0 float32, 1 bfloat16,\n"
+        "Torch-free kernels. Buffers are addresses of contiguous row-major memory; dtype codes: 0 float32, 1 "
+        "bfloat16,\n"
         "2 float16; side: 0 right, 1 left. Results do not depend on `threads`.";
     selected_kernels();  // an unusable GALORE_KERNELS_ISA is reported by the import, not by the first step
 
     module.def("quantize_blockwise", quantize_blockwise, "x"_a, "dtype"_a, "n"_a, "signed"_a, "codes"_a, "absmax"_a,
                "threads"_a, "n elements to 8-bit codes, with one fp32 absmax for each 256.");
-    module.def("dequantize_blockwise", dequantize_blockwise, "codes"_a, "absmax"_a, "n"_a, "signed"_a, "out"_a, "threads"_a,
-               "n 8-bit codes to fp32.");
+    module.def("dequantize_blockwise", dequantize_blockwise, "codes"_a, "absmax"_a, "n"_a, "signed"_a, "out"_a,
+               "threads"_a, "n 8-bit codes to fp32.");
     module.def("dynamic_map", dynamic_map, "signed"_a, "The 256 values of the 8-bit code.");
     module.def("philox", philox, "seed"_a, "stream"_a, "n"_a, "The random bits of elements 0..n-1: n uint16.");
     module.def("all_representable", all_representable, "x"_a, "dtype"_a, "n"_a, "inv_grad_scale"_a, "threads"_a,
                "Whether the square of every x * inv_grad_scale is finite.");
-    module.def("adam_update", adam_update, "param"_a, "param_dtype"_a, "grad"_a, "grad_dtype"_a, "m"_a, "v"_a, "m_absmax"_a,
-               "v_absmax"_a, "n"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a,
+    module.def("adam_update", adam_update, "param"_a, "param_dtype"_a, "grad"_a, "grad_dtype"_a, "m"_a, "v"_a,
+               "m_absmax"_a, "v_absmax"_a, "n"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a,
                "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "threads"_a,
                "One step of Adam at full rank. Both absmax 0: m and v are fp32.");
-    module.def("project", project, "grad"_a, "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "basis"_a, "basis_dtype"_a, "rank"_a,
-               "lowrank_out"_a, "inv_grad_scale"_a, "workspace"_a, "threads"_a,
-               "R (long, rank) fp32 = the projected gradient * inv_grad_scale. Returns whether all of R is representable.");
-    module.def("lowrank_adam", lowrank_adam, "lowrank_inout"_a, "n"_a, "m"_a, "v"_a, "m_absmax"_a, "v_absmax"_a,
-               "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "threads"_a,
+    module.def(
+        "project", project, "grad"_a, "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "basis"_a, "basis_dtype"_a,
+        "rank"_a, "lowrank_out"_a, "inv_grad_scale"_a, "workspace"_a, "threads"_a,
+        "R (long, rank) fp32 = the projected gradient * inv_grad_scale. Returns whether all of R is representable.");
+    module.def("lowrank_adam", lowrank_adam, "lowrank_inout"_a, "n"_a, "m"_a, "v"_a, "m_absmax"_a, "v_absmax"_a, "lr"_a,
+               "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "threads"_a,
                "Updates the moments with R, which project() has scaled, and turns R into the direction U in place.");
-    module.def("back_project_update", back_project_update, "param"_a, "param_dtype"_a, "rows"_a, "cols"_a, "side"_a, "update"_a,
-               "basis"_a, "basis_dtype"_a, "rank"_a, "scale"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
-               "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "workspace"_a, "threads"_a,
+    module.def("back_project_update", back_project_update, "param"_a, "param_dtype"_a, "rows"_a, "cols"_a, "side"_a,
+               "update"_a, "basis"_a, "basis_dtype"_a, "rank"_a, "scale"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
+               "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "workspace"_a,
+               "threads"_a,
                "W <- (W - step_size * scale * X) * (1 - lr * weight_decay), X = U @ P.T (right) or P @ U.T (left).");
     module.def("workspace_bytes", workspace_bytes, "rows"_a, "cols"_a, "rank"_a, "side"_a, "threads"_a,
                "Bytes of scratch memory that project() and back_project_update() need; of any alignment to 4.");
@@ -244,9 +258,10 @@ PYBIND11_MODULE(_native, module) {
             dtype_of("dtype", dtype);
             at_least("n", n, 0);
             const py::gil_scoped_release unlocked;
-            check_cuda("cuda_quantize_blockwise",
-                       gk_cuda_quantize_blockwise(pointer<const void>(x), dtype, n, is_signed, pointer<std::uint8_t>(codes),
-                                                  pointer<float>(absmax), device, pointer<void>(stream)));
+            check_cuda(
+                "cuda_quantize_blockwise",
+                gk_cuda_quantize_blockwise(pointer<const void>(x), dtype, n, is_signed, pointer<std::uint8_t>(codes),
+                                           pointer<float>(absmax), device, pointer<void>(stream)));
         },
         "x"_a, "dtype"_a, "n"_a, "signed"_a, "codes"_a, "absmax"_a, "device"_a, "stream"_a,
         "quantize_blockwise on the GPU, asynchronous on the stream.");
@@ -256,8 +271,8 @@ PYBIND11_MODULE(_native, module) {
             at_least("n", n, 0);
             const py::gil_scoped_release unlocked;
             check_cuda("cuda_dequantize_blockwise",
-                       gk_cuda_dequantize_blockwise(pointer<const std::uint8_t>(codes), pointer<const float>(absmax), n, is_signed,
-                                                    pointer<float>(out), device, pointer<void>(stream)));
+                       gk_cuda_dequantize_blockwise(pointer<const std::uint8_t>(codes), pointer<const float>(absmax), n,
+                                                    is_signed, pointer<float>(out), device, pointer<void>(stream)));
         },
         "codes"_a, "absmax"_a, "n"_a, "signed"_a, "out"_a, "device"_a, "stream"_a,
         "dequantize_blockwise on the GPU, asynchronous on the stream.");

@@ -372,6 +372,30 @@ def test_a_second_saver_of_the_same_path_is_refused(tmp_path: Path) -> None:
     assert_same(small_state(), checkpoint.load(path))
 
 
+def test_a_saver_that_finishes_in_between_is_not_overwritten_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between opening the temporary file and locking it, another saver completes it and gives it its name. Truncating
+    # what was opened would then destroy the checkpoint.
+    path, temporary = tmp_path / "state.pt", tmp_path / ".state.pt.tmp"
+    checkpoint.save(small_state(1.0), path)
+    content = path.read_bytes()
+    flock = fcntl.flock
+    calls = []
+
+    def late_flock(descriptor: int, operation: int) -> None:
+        if not calls:
+            os.pwrite(descriptor, content, 0)
+            os.rename(temporary, path)
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late_flock)
+    checkpoint.save(small_state(2.0), path)
+    assert len(calls) == 2, "the file that was locked had another name by then: open it again"
+    assert_same(small_state(2.0), checkpoint.load(path))
+
+
 def test_threads_that_save_to_one_path_leave_a_whole_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     unexpected: list[BaseException] = []

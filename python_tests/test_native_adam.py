@@ -67,7 +67,9 @@ def random_gradient(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(n, generator=generator) * 10**decades).to(dtype)
 
 
-def check_update(n: int, scalars: Scalars, *, eight_bit: bool, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+def check_update(
+    n: int, scalars: Scalars, *, eight_bit: bool, param_dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
     state = random_state(n, eight_bit=eight_bit, generator=torch.Generator().manual_seed(n + 1))
     grad = random_gradient(n, grad_dtype)
     param = random_gradient(n + 2)[:n].to(param_dtype)

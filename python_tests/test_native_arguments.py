@@ -30,7 +30,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "all_representable": {"x": 0, "dtype": 0, "n": 0, "inv_grad_scale": 1.0, "threads": 1},
     "adam_update": {"param": 0, "param_dtype": 0, "grad": 0, "grad_dtype": 0, "n": 0, **MOMENTS, **ADAM}
     | {"rounding_seed": None},
-    "project": {"grad": 0, "grad_dtype": 0, "lowrank_out": 0, "workspace": 0, "inv_grad_scale": 1.0, "threads": 1} | MATRIX,
+    "project": {"grad": 0, "grad_dtype": 0, "lowrank_out": 0, "workspace": 0, "inv_grad_scale": 1.0, "threads": 1}
+    | MATRIX,
     "lowrank_adam": {"lowrank_inout": 0, "n": 0, **MOMENTS, **ADAM},
     "back_project_update": {"param": 0, "param_dtype": 0, "update": 0, "scale": 1.0, "workspace": 0, **MATRIX, **ADAM}
     | {"rounding_seed": None},

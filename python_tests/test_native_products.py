@@ -176,7 +176,9 @@ def test_back_project_update_large_rank(rank: int, side: str) -> None:
 
 
 @SIDES
-@pytest.mark.parametrize("scalars", [Scalars(lr=0.5, weight_decay=0.0), Scalars(lr=0.5, step=0), Scalars(lr=0.0)], ids=str)
+@pytest.mark.parametrize(
+    "scalars", [Scalars(lr=0.5, weight_decay=0.0), Scalars(lr=0.5, step=0), Scalars(lr=0.0)], ids=str
+)
 @pytest.mark.parametrize("scale", [0.25, 1.0, 0.0])
 def test_back_project_update_scalars(scalars: Scalars, scale: float, side: str) -> None:
     check_back_project(
@@ -222,7 +224,9 @@ def test_update_is_rounded_to_the_basis_dtype(basis_dtype: torch.dtype, side: st
 
 
 @SIDES
-@pytest.mark.parametrize("shape", [(28, 64, 8), (37, 71, 5)], ids=str)  # whole tiles; rows that start inside a block of 8
+@pytest.mark.parametrize(
+    "shape", [(28, 64, 8), (37, 71, 5)], ids=str
+)  # whole tiles; rows that start inside a block of 8
 def test_stochastic_rounding_uses_the_bits_of_the_flat_index(shape: tuple[int, int, int], side: str) -> None:
     from galore_kernels import _native
 

@@ -88,7 +88,9 @@ def test_concurrent_callers() -> None:
 
     def work() -> bool:
         barrier.wait()
-        return all(equal(elementwise_results(3), expected[0]) and equal(product_results(3), expected[1]) for _ in range(3))
+        return all(
+            equal(elementwise_results(3), expected[0]) and equal(product_results(3), expected[1]) for _ in range(3)
+        )
 
     with ThreadPoolExecutor(8) as executor:
         assert all(future.result() for future in [executor.submit(work) for _ in range(8)])

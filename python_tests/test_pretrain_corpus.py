@@ -212,6 +212,15 @@ def test_a_data_set_is_streamed_once_into_a_file(tmp_path: Path, monkeypatch: py
     assert not any(path.name.endswith(".tmp") for path in (tmp_path / "cache").iterdir())
 
 
+def test_a_resumed_run_finds_the_streamed_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_datasets(monkeypatch, [{"text": f"document {number} " * 20} for number in range(200)])
+    options = nano(tmp_path, tmp_path / "out", "run", "--optimizer", "adamw", "--dataset", "some/text")[2:]
+    assert main(options) == 0
+    (tmp_path / "out" / "run" / "checkpoint-00000012.pt").unlink()
+    assert main(["--resume", str(tmp_path / "out" / "run")]) == 0  # no --out: the run's own folder tells
+    assert len(calls) == 1
+
+
 def test_a_data_set_without_the_column_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, [{"body": "x", "title": "y"}])
     with pytest.raises(PretrainError, match=r"--dataset-column text.*has body, title"):

@@ -58,23 +58,28 @@ static inline AdamCoefficients adam_coefficients(const AdamScalars& s, double sc
 // False for NaN, infinities and everything whose square overflows.
 GK_HOST_DEVICE bool gradient_is_representable(float g) { return std::fabs(g) <= kLargestGradient; }
 
-GK_HOST_DEVICE float adam_first_moment(float m, float g, const AdamCoefficients& c) {
+// F is float, or a CPU kernel's vector of floats.
+template <class F>
+GK_HOST_DEVICE F adam_first_moment(F m, F g, const AdamCoefficients& c) {
     return c.beta1 * m + c.one_minus_beta1 * g;
 }
 
-GK_HOST_DEVICE float adam_second_moment(float v, float g, const AdamCoefficients& c) {
+template <class F>
+GK_HOST_DEVICE F adam_second_moment(F v, F g, const AdamCoefficients& c) {
     return c.beta2 * v + c.one_minus_beta2 * (g * g);
 }
 
-// u = m / (sqrt(v) + eps), and 0 where the denominator is 0 (eps = 0 and no gradient yet).
-GK_HOST_DEVICE float adam_direction(float m, float v, const AdamCoefficients& c) {
-    const float denominator = std::sqrt(v) + c.eps;
-    // Dividing first keeps the loop free of branches for the vectorizer; the quotient is then not used.
-    const float quotient = m / denominator;
-    return denominator == 0.0f ? 0.0f : quotient;
+// u = m / (sqrt(v) + eps), and 0 where the denominator is 0 (eps = 0 and no gradient yet). The caller takes the root,
+// which every kind of F has under another name.
+template <class F>
+GK_HOST_DEVICE F adam_direction(F m, F sqrt_v, const AdamCoefficients& c) {
+    const F denominator = sqrt_v + c.eps;
+    // Dividing first keeps vectors free of branches; the quotient is then not used.
+    const F quotient = m / denominator;
+    return denominator == 0.0f ? F{} : quotient;
 }
 
-// x is u at full rank and the element of U @ P.T at low rank. F is float, or a CPU kernel's vector of floats.
+// x is u at full rank and the element of U @ P.T at low rank.
 template <class F>
 GK_HOST_DEVICE F adam_weight(F w, F x, const AdamCoefficients& c) {
     return (w - c.step_size * x) * c.decay;

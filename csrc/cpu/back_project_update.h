@@ -2,7 +2,6 @@
 // product never exists as a matrix, and the weight is read and written once.
 #pragma once
 
-#include "adam_update.h"
 #include "kernels.h"
 #include "pack.h"
 
@@ -12,6 +11,8 @@ namespace gk::cpu::GK_ISA {
 constexpr index_t kOwnOperand = 65536;
 // Columns of W updated before the next rows are: the packed operand of these columns stays in the cache.
 constexpr index_t kUpdateColumns = 16 * kTileColumns;
+
+constexpr index_t kTilesPerPanel = 16;
 
 // Long indices of a task: whole tiles, few enough for its packed part of U to stay in the cache.
 static inline index_t update_panel(index_t rank, index_t tile, index_t largest) {
@@ -25,13 +26,43 @@ struct PackedOperand {
     index_t count;
 };
 
-// `rows` rows of kTileColumns: lengths that are constants, in a function whose registers hold nothing else.
+// A row of n weights with its row x of the product; first is the flat index of its first element.
 template <class W>
-[[gnu::noinline]] static void update_tile(W* weight, index_t ld, index_t corner, index_t rows, const float* x,
-                                          const WeightRounding& rounding, const AdamCoefficients& coefficients) {
-    const AdamCoefficients c = coefficients;
-    for (index_t i = 0; i < rows; ++i, corner += ld, x += kTileColumns) {
-        update_weight_row(weight + corner, x, kTileColumns, corner, rounding, c);
+[[gnu::always_inline]] static inline void update_row(W* weight, const float* x, index_t n, const AdamCoefficients& c) {
+    for_lanes(n, [&](index_t i, auto lanes) {
+        using F = decltype(lanes);
+        store_as(weight + i, adam_weight(load_as<F>(weight + i), load_as<F>(x + i), c));
+    });
+}
+
+[[gnu::noinline]] static void update_row_stochastic(Bf16* weight, const float* x, index_t n, index_t first,
+                                                    const WeightRounding& rounding, const AdamCoefficients& c) {
+    RandomBuffer buffer;
+    const std::uint16_t* random = random_row(rounding.seed, rounding.stream, first, n, buffer);
+    for_lanes(n, [&](index_t i, auto lanes) {
+        using F = decltype(lanes);
+        store_stochastic(weight + i, adam_weight(load_as<F>(weight + i), load_as<F>(x + i), c), random + i);
+    });
+}
+
+// `rows` rows of `columns` weights from the flat index corner on, with the product's rows `width` apart.
+template <class W>
+[[gnu::noinline]] static void update_tile(W* weight, index_t ld, index_t corner, index_t rows, index_t columns,
+                                          const float* x, index_t width, const WeightRounding& rounding,
+                                          const AdamCoefficients& coefficients) {
+    const AdamCoefficients c = coefficients;  // a copy: no store can change it
+    if constexpr (std::is_same_v<W, Bf16>) {
+        if (rounding.stochastic) {
+            for (index_t i = 0; i < rows; ++i, corner += ld, x += width) {
+                update_row_stochastic(weight + corner, x, columns, corner, rounding, c);
+            }
+            return;
+        }
+    }
+    if (columns == kTileColumns) {  // almost always: a length that the compiler knows
+        for (index_t i = 0; i < rows; ++i) update_row(weight + corner + i * ld, x + i * kTileColumns, kTileColumns, c);
+    } else {
+        for (index_t i = 0; i < rows; ++i) update_row(weight + corner + i * ld, x + i * width, columns, c);
     }
 }
 
@@ -63,14 +94,7 @@ static void update_region(W* weight, index_t ld, const PackedOperand& a, const P
                 } else {
                     multiply_tile<Units, 1, 1, kTileRows>(tile, panel, depth, x);
                 }
-                if (columns == kTileColumns) {
-                    update_tile(weight, ld, corner, rows, x, rounding, c);
-                    continue;
-                }
-                for (index_t i = 0; i < rows; ++i) {
-                    const index_t first = corner + i * ld;
-                    update_weight_row(weight + first, x + i * width, columns, first, rounding, c);
-                }
+                update_tile(weight, ld, corner, rows, columns, x, width, rounding, c);
             }
         }
     }
@@ -80,21 +104,20 @@ template <class Units, class W, class B>
 static void back_project_update_as(const Weight& weight, const Projection& p, const float* update,
                                    const AdamCoefficients& c, float* workspace, int threads) {
     const index_t long_size = p.long_size(), short_size = p.short_size(), rank = p.rank;
+    if (long_size == 0 || short_size == 0) return;
     const index_t depth = units_deep<Units>(rank);
     const bool right = p.side == Side::right;
     const auto* basis = static_cast<const B*>(p.basis);
     auto* w = static_cast<W*>(weight.data);
     const index_t basis_tile = right ? kTileColumns : kTileRows;
     const index_t update_tile = right ? kTileRows : kTileColumns;
-    const index_t panel = update_panel(rank, update_tile, 16 * update_tile);
+    const index_t panel = update_panel(rank, update_tile, kTilesPerPanel * update_tile);
 
     // Panel of `width` columns from up to `tile` rows of the basis, or of the update.
     const auto pack_basis = [&](index_t first, index_t count, index_t width, float* out) {
-        pack_rows<Units>(
-            [&](index_t j, index_t k, index_t n, float* units) {
-                units_along<Units>(basis + (first + j) * rank + k, n, units);
-            },
-            rank, count, width, out);
+        pack_rows<Units>([&](index_t j, index_t k, index_t n,
+                             float* units) { units_along<Units>(basis + (first + j) * rank + k, n, units); },
+                         rank, count, width, out);
     };
     const auto pack_update = [&](index_t first, index_t count, index_t width, float* out) {
         pack_rows<Units>(
@@ -111,10 +134,11 @@ static void back_project_update_as(const Weight& weight, const Projection& p, co
                    workspace + first * depth);
     });
 
-    float* own_operands = workspace + padded_basis * depth;
+    float* own_operands = workspace + whole_lines(padded_basis * depth);
+    const index_t own_size = whole_lines(panel * depth);
     for_each_task(ceil_div(long_size, panel), threads, [&](index_t task, int slot) {
         const index_t first = task * panel, count = at_most(panel, long_size - first);
-        float* own = own_operands + slot * panel * depth;
+        float* own = own_operands + slot * own_size;
         for (index_t j = 0; j < count; j += update_tile) {
             const index_t width = right ? update_tile : at_most(update_tile, padded_columns(count) - j);
             pack_update(first + j, at_most(update_tile, count - j), width, own + j * depth);
@@ -136,14 +160,16 @@ static void back_project_update(const Weight& weight, const Projection& p, const
             using W = decltype(weight_element);
             using B = decltype(basis_element);
             using Units = typename UnitsFor<std::is_same_v<B, Bf16>>::type;
-            back_project_update_as<Units, W, B>(weight, p, update, c, static_cast<float*>(workspace), threads);
+            back_project_update_as<Units, W, B>(weight, p, update, c, first_line(workspace), threads);
         });
     });
 }
 
+// Enough for either side, and for units of one element.
 static index_t back_project_workspace_floats(index_t short_size, index_t rank, int threads) {
     const index_t largest_tile = kTileRows > kTileColumns ? kTileRows : kTileColumns;
-    return (short_size + largest_tile) * rank + threads * update_panel(rank, largest_tile, 16 * largest_tile) * rank;
+    const index_t panel = update_panel(rank, largest_tile, kTilesPerPanel * largest_tile);
+    return whole_lines((short_size + largest_tile) * rank) + threads * whole_lines(panel * rank);
 }
 
 }  // namespace gk::cpu::GK_ISA

@@ -8,8 +8,8 @@
 
 namespace gk::cpu {
 
-#define GK_DECLARE_KERNELS(isa) \
-    namespace isa {             \
+#define GK_DECLARE_KERNELS(isa)   \
+    namespace isa {               \
     extern const Kernels kernels; \
     }
 GK_DECLARE_KERNELS(generic)

@@ -1,8 +1,9 @@
 // Rows of elements in memory, converted from and to fp32.
 #pragma once
 
+#include <type_traits>
+
 #include "../core/philox.h"
-#include "../core/rounding.h"
 #include "simd.h"
 
 namespace gk::cpu::GK_ISA {
@@ -27,43 +28,72 @@ static auto with_dtype(DType dtype, const F& f) {
     }
 }
 
-static inline void load_row(const float* source, index_t n, float* out) {
-    std::memcpy(out, source, static_cast<std::size_t>(n) * sizeof(float));
-}
-
-static inline void load_row(const Bf16* source, index_t n, float* __restrict out) {
-    for (index_t i = 0; i < n; ++i) out[i] = bf16_to_float(source[i].bits);
-}
-
-// The compiler does not vectorize conversions of fp16, hence the intrinsics.
-static inline void load_row(const Fp16* source, index_t n, float* __restrict out) {
-    index_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(halves));
+// One element (F = float) or kLanes of them (F = Vector), as fp32.
+template <class F, class T>
+[[gnu::always_inline]] static inline F load_as(const T* p) {
+    constexpr bool kVector = !std::is_same_v<F, float>;
+    if constexpr (std::is_same_v<T, float>) {
+        if constexpr (kVector)
+            return load(p);
+        else
+            return *p;
+    } else if constexpr (std::is_same_v<T, Bf16>) {
+        if constexpr (kVector)
+            return reinterpret_cast<Vector>(load_halves(&p->bits) << 16);
+        else
+            return bf16_to_float(p->bits);
+    } else {
+        if constexpr (kVector)
+            return load_fp16(&p->bits);
+        else
+            return fp16_to_float(p->bits);
     }
-#endif
-    for (; i < n; ++i) out[i] = fp16_to_float(source[i].bits);
 }
 
-static inline void store_row(const float* source, index_t n, float* out) {
-    std::memcpy(out, source, static_cast<std::size_t>(n) * sizeof(float));
-}
-
-static inline void store_row(const float* __restrict source, index_t n, Bf16* out) {
-    for (index_t i = 0; i < n; ++i) out[i].bits = float_to_bf16(source[i]);
-}
-
-static inline void store_row(const float* __restrict source, index_t n, Fp16* out) {
-    index_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), halves);
+// The reverse, rounded to nearest even.
+template <class F, class T>
+[[gnu::always_inline]] static inline void store_as(T* p, F x) {
+    constexpr bool kVector = !std::is_same_v<F, float>;
+    if constexpr (std::is_same_v<T, float>) {
+        if constexpr (kVector)
+            store(p, x);
+        else
+            *p = x;
+    } else if constexpr (std::is_same_v<T, Bf16>) {
+        if constexpr (kVector)
+            store_halves(&p->bits, bf16_nearest(reinterpret_cast<VectorBits>(x)));
+        else
+            p->bits = float_to_bf16(x);
+    } else {
+        if constexpr (kVector)
+            store_fp16(&p->bits, x);
+        else
+            p->bits = float_to_fp16(x);
     }
-#endif
-    for (; i < n; ++i) out[i].bits = float_to_fp16(source[i]);
+}
+
+// bf16 only, rounded by the random bits of the elements.
+template <class F>
+[[gnu::always_inline]] static inline void store_stochastic(Bf16* p, F x, const std::uint16_t* random) {
+    if constexpr (!std::is_same_v<F, float>) {
+        store_halves(&p->bits, bf16_stochastic(reinterpret_cast<VectorBits>(x), load_halves(random)));
+    } else {
+        p->bits = float_to_bf16_stochastic(x, *random);
+    }
+}
+
+template <class T>
+[[gnu::always_inline]] static inline void load_row(const T* source, index_t n, float* __restrict out) {
+    if constexpr (std::is_same_v<T, float>) {
+        std::memcpy(out, source, static_cast<std::size_t>(n) * sizeof(float));
+    } else {
+        for_lanes(n, [&](index_t i, auto lanes) { store_as(out + i, load_as<decltype(lanes)>(source + i)); });
+    }
+}
+
+template <class T>
+[[gnu::always_inline]] static inline void store_row(const float* __restrict source, index_t n, T* out) {
+    for_lanes(n, [&](index_t i, auto lanes) { store_as(out + i, load_as<decltype(lanes)>(source + i)); });
 }
 
 // Longest run of elements that random_row serves at once.

@@ -1,6 +1,9 @@
 // One block to and from its codes: what core's encode() and decode() give for each element.
 #pragma once
 
+#include <type_traits>
+
+#include "../core/adam.h"
 #include "code_table.h"
 #include "simd.h"
 
@@ -28,10 +31,11 @@ template <bool kSigned>
     Vector position = multiply_add(z, broadcast(code.slopes[0]), broadcast(code.offsets[0]));
 #pragma GCC unroll 7
     for (int decade = 1; decade < kDecades; ++decade) {
-        position = _mm512_min_ps(position, multiply_add(z, broadcast(code.slopes[decade]), broadcast(code.offsets[decade])));
+        position =
+            _mm512_min_ps(position, multiply_add(z, broadcast(code.slopes[decade]), broadcast(code.offsets[decade])));
     }
     const __m512i candidate = _mm512_cvttps_epi32(position);
-    const Vector threshold = lookup < kSigned ? 128 : 256 > (code.thresholds, candidate);
+    const Vector threshold = lookup<kSigned ? 128 : 256>(code.thresholds, candidate);
     const __mmask16 above = _mm512_cmp_ps_mask(z, threshold, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(candidate, above, candidate, _mm512_set1_epi32(1));
 }
@@ -41,12 +45,14 @@ template <bool kSigned>
     const Vector elements = load(x);
     const Vector z = _mm512_abs_ps(elements / absmax);
     const __m512i magnitude = code_magnitudes<kSigned>(z);
-    const __m512i at_least_one = _mm512_max_epi32(magnitude, _mm512_set1_epi32(1));  // the sign is kept, v stays positive
+    const __m512i at_least_one =
+        _mm512_max_epi32(magnitude, _mm512_set1_epi32(1));  // the sign is kept, v stays positive
     __m512i code;
     if constexpr (kSigned) {
         const __m512i zero = _mm512_set1_epi32(kSignedZeroCode);
         const __mmask16 negative = _mm512_cmp_ps_mask(elements, _mm512_setzero_ps(), _CMP_LT_OQ);
-        code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, magnitude), negative, zero, _mm512_min_epi32(at_least_one, zero));
+        code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, magnitude), negative, zero,
+                                     _mm512_min_epi32(at_least_one, zero));
     } else {
         code = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(elements, _mm512_setzero_ps(), _CMP_GT_OQ), at_least_one);
     }
@@ -78,8 +84,8 @@ template <bool kSigned>
 
 // Not vectorized: a gather is slower than these loads.
 [[gnu::noinline, gnu::optimize("no-tree-vectorize")]] static void look_up_entries(const std::uint32_t* entries,
-                                                                                  const std::uint16_t* buckets, index_t n,
-                                                                                  std::uint32_t* out) {
+                                                                                  const std::uint16_t* buckets,
+                                                                                  index_t n, std::uint32_t* out) {
     for (index_t i = 0; i < n; ++i) out[i] = entries[buckets[i]];
 }
 
@@ -101,16 +107,25 @@ static inline void encode_elements(const float* __restrict x, float absmax, inde
     for (index_t i = done; i < n; ++i) codes[i] = code_from_entry<kSigned>(x[i], bits[i], entries[i]);
 }
 
-// n <= 256 elements to codes; returns their absmax.
-template <bool kSigned>
-static inline float encode_block(const float* __restrict x, index_t n, std::uint8_t* __restrict codes) {
-    // Magnitudes compare as integers do, which the compiler vectorizes without assuming that NaN never happens.
+// The largest magnitude of a row. Magnitudes compare as integers do: NaN is the largest of all, and the compiler
+// vectorizes without assuming that there is none.
+static inline float largest_magnitude(const float* __restrict x, index_t n) {
     std::int32_t largest = 0;
     for (index_t i = 0; i < n; ++i) {
         const std::int32_t magnitude = static_cast<std::int32_t>(float_bits(x[i]) & 0x7FFFFFFFu);
         largest = magnitude > largest ? magnitude : largest;
     }
-    const float absmax = bits_float(static_cast<std::uint32_t>(largest));
+    return bits_float(static_cast<std::uint32_t>(largest));
+}
+
+static inline bool row_is_representable(const float* x, index_t n) {
+    return gradient_is_representable(largest_magnitude(x, n));
+}
+
+// n <= 256 elements to codes; returns their absmax.
+template <bool kSigned>
+static inline float encode_block(const float* __restrict x, index_t n, std::uint8_t* __restrict codes) {
+    const float absmax = largest_magnitude(x, n);
     if (absmax == 0.0f) {
         std::memset(codes, kSigned ? kSignedZeroCode : 0, static_cast<std::size_t>(n));
     } else {
@@ -119,17 +134,22 @@ static inline float encode_block(const float* __restrict x, index_t n, std::uint
     return absmax;
 }
 
-template <bool kSigned>
-static inline void decode_block(const std::uint8_t* __restrict codes, float absmax, index_t n, float* __restrict out) {
+// The value of one code, or of kLanes codes, in units of the absmax.
+template <bool kSigned, class F>
+[[gnu::always_inline]] static inline F decode_as(const std::uint8_t* codes) {
     const float* values = (kSigned ? kSignedMap : kUnsignedMap).values;
-    index_t done = 0;
+    if constexpr (std::is_same_v<F, float>) {
+        return values[*codes];
+    } else {
 #if defined(__AVX512F__)
-    for (; done + kLanes <= n; done += kLanes) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + done));
-        store(out + done, lookup<kCodes>(values, _mm512_cvtepu8_epi32(bytes)) * broadcast(absmax));
-    }
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        return lookup<kCodes>(values, _mm512_cvtepu8_epi32(bytes));
+#else
+        Vector x{};
+        for (int i = 0; i < kLanes; ++i) x[i] = values[codes[i]];
+        return x;
 #endif
-    for (; done < n; ++done) out[done] = values[codes[done]] * absmax;
+    }
 }
 
 }  // namespace gk::cpu::GK_ISA

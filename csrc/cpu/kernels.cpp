@@ -1,6 +1,7 @@
 // One build of the kernels, for the instruction set GK_ISA.
 #include "kernels.h"
 
+#include "adam_update.h"
 #include "back_project_update.h"
 #include "project.h"
 
@@ -12,7 +13,9 @@ namespace gk::cpu::GK_ISA {
 static index_t workspace_bytes(index_t short_size, index_t rank, int threads) {
     const index_t project_floats = project_workspace_floats(short_size, rank, threads);
     const index_t back_floats = back_project_workspace_floats(short_size, rank, threads);
-    return static_cast<index_t>(sizeof(float)) * (project_floats > back_floats ? project_floats : back_floats);
+    // The last term: the workspace need not begin at a cache line.
+    return static_cast<index_t>(sizeof(float)) *
+           ((project_floats > back_floats ? project_floats : back_floats) + kLineFloats);
 }
 
 static void random_bits(std::uint64_t seed, std::uint64_t stream, index_t n, std::uint16_t* out) {
@@ -24,7 +27,7 @@ static void random_bits(std::uint64_t seed, std::uint64_t stream, index_t n, std
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {GK_STRING(GK_ISA), quantize_blockwise,  dequantize_blockwise, all_representable, adam_update,
-                         project,           lowrank_adam,        back_project_update,  workspace_bytes,   random_bits};
+const Kernels kernels = {GK_STRING(GK_ISA), quantize_blockwise, dequantize_blockwise, all_representable, adam_update,
+                         project,           lowrank_adam,       back_project_update,  workspace_bytes,   random_bits};
 
 }  // namespace gk::cpu::GK_ISA

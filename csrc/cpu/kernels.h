@@ -45,8 +45,8 @@ struct Projection {
 
 struct Kernels {
     const char* isa;
-    void (*quantize_blockwise)(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes, float* absmax,
-                               int threads);
+    void (*quantize_blockwise)(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes,
+                               float* absmax, int threads);
     void (*dequantize_blockwise)(const std::uint8_t* codes, const float* absmax, index_t n, bool is_signed, float* out,
                                  int threads);
     bool (*all_representable)(const void* x, DType dtype, index_t n, float scale, int threads);

@@ -8,6 +8,16 @@
 
 namespace gk::cpu::GK_ISA {
 
+// Workspaces are used from the first cache line that begins in them, and each operand in them begins a line.
+constexpr index_t kLineFloats = 16;
+
+static inline float* first_line(void* workspace) {
+    const auto address = reinterpret_cast<std::uintptr_t>(workspace);
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+static inline index_t whole_lines(index_t floats) { return ceil_div(floats, kLineFloats) * kLineFloats; }
+
 // n elements that lie along the summed dimension, as units.
 template <class Units, class T>
 [[gnu::always_inline]] static inline void units_along(const T* source, index_t n, float* __restrict out) {
@@ -19,8 +29,8 @@ template <class Units, class T>
     }
 }
 
-// The same for fp32 numbers that are first rounded to the basis' type T (the low-rank update, see DESIGN of the
-// mathematics in core: U is rounded to what the matrix units of every backend take).
+// The same for fp32 numbers that are first rounded to the basis' type T (the low-rank update: matrix
+// units take both operands in one type).
 template <class Units, class T>
 [[gnu::always_inline]] static inline void rounded_units_along(const float* source, index_t n, float* __restrict out) {
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -39,7 +49,7 @@ template <class Units, class T>
 // Asks for the memory of a matrix region that is packed next, a share at each step of the work before it: the packing
 // itself is too short to wait for memory, and its rows are too short for the processor to see a pattern in them.
 class RegionPrefetch {
-  public:
+ public:
     RegionPrefetch(const void* corner, index_t row_bytes, index_t stride_bytes, index_t rows, index_t steps)
         : row_(static_cast<const char*>(corner)),
           stride_(stride_bytes),
@@ -57,7 +67,7 @@ class RegionPrefetch {
         }
     }
 
-  private:
+ private:
     static constexpr index_t kCacheLine = 64;
     const char* row_;
     index_t stride_;

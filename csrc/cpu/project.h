@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "encode_block.h"
 #include "kernels.h"
 #include "pack.h"
 
@@ -16,28 +17,72 @@ constexpr index_t kProjectDepth = 256;
 constexpr index_t kProjectTiles = 8;
 constexpr index_t kProjectRows = kProjectTiles * kTileRows;
 
-// R (rows, columns) of one tile: set or added to, and scaled and checked by the last block of the sum.
-[[gnu::always_inline]] static inline bool store_lowrank_row(float* __restrict out, const float* __restrict sums,
-                                                            index_t n, bool first, bool last, float scale) {
-    if (!first) {
-        for (index_t j = 0; j < n; ++j) out[j] += sums[j];
+// A tile's sums, `width` apart, into its rows of R: set by the first block of the sum, added to by the others, and
+// scaled by the last.
+[[gnu::always_inline]] static inline void store_lowrank_row(float* out, const float* sums, index_t n, bool first,
+                                                            bool last, float scale) {
+    for_lanes(n, [&](index_t i, auto lanes) {
+        using F = decltype(lanes);
+        F sum = load_as<F>(sums + i);
+        if (!first) sum += load_as<F>(out + i);
+        if (last) sum *= scale;
+        store_as(out + i, sum);
+    });
+}
+
+[[gnu::noinline]] static void store_lowrank_tile(float* out, index_t rank, index_t rows, index_t columns,
+                                                 const float* sums, index_t width, bool first, bool last, float scale) {
+    if (columns == kTileColumns) {  // almost always: a length that the compiler knows
+        for (index_t i = 0; i < rows; ++i) {
+            store_lowrank_row(out + i * rank, sums + i * kTileColumns, kTileColumns, first, last, scale);
+        }
     } else {
-        for (index_t j = 0; j < n; ++j) out[j] = sums[j];
-    }
-    bool representable = true;
-    if (last) {
-        for (index_t j = 0; j < n; ++j) {
-            out[j] *= scale;
-            representable &= gradient_is_representable(out[j]);
+        for (index_t i = 0; i < rows; ++i) {
+            store_lowrank_row(out + i * rank, sums + i * width, columns, first, last, scale);
         }
     }
-    return representable;
+}
+
+// Tiles of G: `rows` long indices from first_row on, `elements` of the short dimension from `first` on. On the right
+// side a row of G runs along the sum, so a tile is a copy of rows; on the left side G's rows run along the tile.
+template <class Units, Side kSide, class G>
+static void pack_gradient(const G* grad, const Projection& p, index_t first_row, index_t rows, index_t first,
+                          index_t elements, float* tiles) {
+    if constexpr (kSide == Side::left) {
+        pack_columns<Units, kTileRows>(grad + first * p.cols + first_row, p.cols, elements, rows,
+                                       kTileRows * kProjectDepth, tiles);
+    } else {
+        const index_t padded_rows = ceil_div(rows, kTileRows) * kTileRows;
+        for (index_t row = 0; row < padded_rows; ++row) {
+            // Rows beyond the edge repeat the last one; their sums are not stored.
+            const index_t source = first_row + at_most(row, rows - 1);
+            units_along<Units>(grad + source * p.cols + first, elements, tiles + row * kProjectDepth);
+        }
+    }
+}
+
+// The part of G that a task needs after this block: its next one, or the first of the thread's next task, which is
+// about `threads` further on, since tasks are handed out in order. block_size: elements of the short dimension.
+template <Side kSide, class G>
+static RegionPrefetch next_region(const G* grad, const Projection& p, index_t task, index_t block, index_t blocks,
+                                  index_t block_size, int threads, index_t steps) {
+    const bool last_block = block == blocks - 1;
+    const index_t row = (last_block ? task + threads : task) * kProjectRows;
+    const index_t first = last_block ? 0 : (block + 1) * block_size;
+    if (row >= p.long_size()) return RegionPrefetch(grad, 0, 0, 0, steps);
+    const index_t rows = at_most(kProjectRows, p.long_size() - row);
+    const index_t elements = at_most(block_size, p.short_size() - first);
+    constexpr index_t kSize = sizeof(G);
+    return kSide == Side::right
+               ? RegionPrefetch(grad + row * p.cols + first, elements * kSize, p.cols * kSize, rows, steps)
+               : RegionPrefetch(grad + first * p.cols + row, rows * kSize, p.cols * kSize, elements, steps);
 }
 
 template <class Units, class G, class B, Side kSide>
-static bool project_as(const G* grad, const B* basis, const Projection& p, float scale, float* lowrank, float* workspace,
-                       int threads) {
+static bool project_as(const G* grad, const B* basis, const Projection& p, float scale, float* lowrank,
+                       float* workspace, int threads) {
     const index_t long_size = p.long_size(), short_size = p.short_size(), rank = p.rank;
+    if (long_size == 0) return true;
     if (short_size == 0) {  // a sum of nothing
         std::memset(lowrank, 0, static_cast<std::size_t>(long_size * rank) * sizeof(float));
         return true;
@@ -53,49 +98,27 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
         float* out = packed_basis + block * kProjectDepth * padded_rank;
         const index_t depth = units_deep<Units>(elements), narrow = padded_rank % kTileColumns;
         const index_t wide = padded_rank - narrow;
-        pack_columns<Units, kTileColumns>(basis + first * rank, rank, elements, at_most(wide, rank), kTileColumns * depth,
-                                          out);
+        pack_columns<Units, kTileColumns>(basis + first * rank, rank, elements, at_most(wide, rank),
+                                          kTileColumns * depth, out);
         if (narrow != 0) {
-            pack_columns<Units, kLanes>(basis + first * rank + wide, rank, elements, rank - wide, 0, out + wide * depth);
+            pack_columns<Units, kLanes>(basis + first * rank + wide, rank, elements, rank - wide, 0,
+                                        out + wide * depth);
         }
     });
 
     std::atomic<bool> representable{true};
     for_each_task(ceil_div(long_size, kProjectRows), threads, [&](index_t task, int slot) {
-        // On the right side a row of G runs along the sum, so a tile is a copy of rows; on the left side G's rows
-        // run along the tile.
         constexpr int kRowStride = kSide == Side::right ? static_cast<int>(kProjectDepth) : 1;
         constexpr int kStepStride = kSide == Side::right ? 1 : kTileRows;
         float* tiles = packed_grad + slot * kProjectRows * kProjectDepth;
         const index_t first_row = task * kProjectRows, rows = at_most(kProjectRows, long_size - first_row);
-        bool all = true;
         for (index_t block = 0; block < blocks; ++block) {
             const index_t first = block * kBlock, elements = at_most(kBlock, short_size - first);
             const index_t depth = units_deep<Units>(elements);
-            if constexpr (kSide == Side::right) {
-                for (index_t row = 0; row < rows; ++row) {
-                    units_along<Units>(grad + (first_row + row) * short_size + first, elements, tiles + row * kProjectDepth);
-                }
-                // Rows beyond the edge repeat the last one; their sums are not stored.
-                for (index_t row = rows; row % kTileRows != 0; ++row) {
-                    std::memcpy(tiles + row * kProjectDepth, tiles + (rows - 1) * kProjectDepth, kProjectDepth * sizeof(float));
-                }
-            } else {
-                pack_columns<Units, kTileRows>(grad + first * long_size + first_row, long_size, elements, rows,
-                                               kTileRows * kProjectDepth, tiles);
-            }
-            // The tasks are handed out in order, so this thread's next one is about `threads` further on.
             const bool last_block = block == blocks - 1;
-            const index_t next_row = last_block ? first_row + threads * kProjectRows : first_row;
-            const index_t next_rows = at_most(kProjectRows, long_size - next_row);
-            const index_t next_first = last_block ? 0 : first + kBlock;
-            const index_t next_elements = next_rows > 0 ? at_most(kBlock, short_size - next_first) : 0;
+            pack_gradient<Units, kSide>(grad, p, first_row, rows, first, elements, tiles);
             const index_t steps = ceil_div(rows, kTileRows) * ceil_div(rank, kTileColumns);
-            RegionPrefetch ahead = kSide == Side::right
-                                       ? RegionPrefetch(grad + next_row * short_size + next_first, next_elements * sizeof(G),
-                                                        short_size * sizeof(G), next_rows, steps)
-                                       : RegionPrefetch(grad + next_first * long_size + next_row, next_rows * sizeof(G),
-                                                        long_size * sizeof(G), next_elements, steps);
+            RegionPrefetch ahead = next_region<kSide>(grad, p, task, block, blocks, kBlock, threads, steps);
             const float* panel = packed_basis + block * kProjectDepth * padded_rank;
             for (index_t column = 0; column < rank; column += kTileColumns) {
                 const index_t width = at_most(kTileColumns, padded_rank - column);
@@ -109,30 +132,30 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
                     } else {
                         multiply_tile<Units, 1, kRowStride, kStepStride>(tile, panel, depth, sums);
                     }
-                    const index_t count = at_most(kTileRows, rows - row);
-                    for (index_t i = 0; i < count; ++i) {
-                        all &= store_lowrank_row(lowrank + (first_row + row + i) * rank + column, sums + i * width, columns,
-                                                 block == 0, block == blocks - 1, scale);
-                    }
+                    store_lowrank_tile(lowrank + (first_row + row) * rank + column, rank,
+                                       at_most(kTileRows, rows - row), columns, sums, width, block == 0, last_block,
+                                       scale);
                 }
                 panel += width * depth;
             }
         }
-        if (!all) representable.store(false, std::memory_order_relaxed);
+        if (!row_is_representable(lowrank + first_row * rank, rows * rank))
+            representable.store(false, std::memory_order_relaxed);
     });
     return representable.load();
 }
 
-static bool project(const void* grad, DType grad_dtype, const Projection& p, float scale, float* lowrank, void* workspace,
-                    int threads) {
+static bool project(const void* grad, DType grad_dtype, const Projection& p, float scale, float* lowrank,
+                    void* workspace, int threads) {
     return with_dtype(grad_dtype, [&](auto grad_element) {
         return with_dtype(p.basis_dtype, [&](auto basis_element) {
             using G = decltype(grad_element);
             using B = decltype(basis_element);
             using Units = typename UnitsFor<std::is_same_v<G, Bf16> && std::is_same_v<B, Bf16>>::type;
-            const auto run = p.side == Side::right ? project_as<Units, G, B, Side::right> : project_as<Units, G, B, Side::left>;
+            const auto run =
+                p.side == Side::right ? project_as<Units, G, B, Side::right> : project_as<Units, G, B, Side::left>;
             return run(static_cast<const G*>(grad), static_cast<const B*>(p.basis), p, scale, lowrank,
-                       static_cast<float*>(workspace), threads);
+                       first_line(workspace), threads);
         });
     });
 }

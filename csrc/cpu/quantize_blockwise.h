@@ -23,8 +23,8 @@ static void for_each_block(index_t n, int threads, const F& f) {
     });
 }
 
-static void quantize_blockwise(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes, float* absmax,
-                               int threads) {
+static void quantize_blockwise(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes,
+                               float* absmax, int threads) {
     with_dtype(dtype, [&](auto element) {
         const auto* source = static_cast<const decltype(element)*>(x);
         for_each_block(n, threads, [&](index_t block, index_t first, index_t count) {
@@ -36,15 +36,19 @@ static void quantize_blockwise(const void* x, DType dtype, index_t n, bool is_si
     });
 }
 
+template <bool kSigned>
+static void dequantize_as(const std::uint8_t* codes, const float* absmax, index_t n, float* out, int threads) {
+    for_each_block(n, threads, [&](index_t block, index_t first, index_t count) {
+        for_lanes(count, [&](index_t i, auto lanes) {
+            store_as(out + first + i, decode_as<kSigned, decltype(lanes)>(codes + first + i) * absmax[block]);
+        });
+    });
+}
+
 static void dequantize_blockwise(const std::uint8_t* codes, const float* absmax, index_t n, bool is_signed, float* out,
                                  int threads) {
-    for_each_block(n, threads, [&](index_t block, index_t first, index_t count) {
-        if (is_signed) {
-            decode_block<true>(codes + first, absmax[block], count, out + first);
-        } else {
-            decode_block<false>(codes + first, absmax[block], count, out + first);
-        }
-    });
+    const auto run = is_signed ? dequantize_as<true> : dequantize_as<false>;
+    run(codes, absmax, n, out, threads);
 }
 
 }  // namespace gk::cpu::GK_ISA

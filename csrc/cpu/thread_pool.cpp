@@ -16,23 +16,20 @@
 namespace gk::cpu {
 namespace {
 
-// More threads than this only happen by mistake, and the stages are bound by memory long before.
-constexpr int kMaxThreads = 256;
-
 // IEEE arithmetic inside the kernels, whatever torch.set_flush_denormal or another library left in this thread.
 class IeeeArithmetic {
-  public:
+ public:
 #if defined(__SSE__)
     IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
     ~IeeeArithmetic() { _mm_setcsr(saved_); }
 
-  private:
+ private:
     unsigned saved_;
 #else
     IeeeArithmetic() {}
     ~IeeeArithmetic() {}
 #endif
-  public:
+ public:
     IeeeArithmetic(const IeeeArithmetic&) = delete;
     IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
 };
@@ -50,7 +47,7 @@ struct Job {
 };
 
 class Pool {
-  public:
+ public:
     // False when another caller has the pool.
     bool try_run(Job& job, int threads) {
         const std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
@@ -69,7 +66,7 @@ class Pool {
         return true;
     }
 
-  private:
+ private:
     void grow(int wanted) {
         try {
             for (; workers_ < wanted; ++workers_) std::thread([this] { work(); }).detach();
@@ -112,7 +109,7 @@ Pool* pool = new Pool;
 
 void parallel_for(index_t tasks, int threads, Task task, void* context) noexcept {
     Job job{tasks, task, context};
-    const int useful = static_cast<int>(std::min<index_t>({tasks, threads, kMaxThreads}));
+    const int useful = static_cast<int>(std::min<index_t>(tasks, threads));
     if (useful <= 1 || !pool->try_run(job, useful)) job.run(0);
 }
 

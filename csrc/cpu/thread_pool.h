@@ -6,9 +6,12 @@
 
 namespace gk::cpu {
 
-// Runs task(context, i, slot) for each i in [0, tasks), on at most `threads` threads including the caller's, and
-// returns when all are done. Slots are below `threads` and no two tasks run at one time in the same slot, so a
-// slot can own scratch memory. Tasks must not throw; results must not depend on which thread runs what.
+// More threads than this only happen by mistake, and the stages are bound by memory long before.
+constexpr int kMaxThreads = 256;
+
+// Runs task(context, i, slot) for each i in [0, tasks), on at most `threads` <= kMaxThreads threads including the
+// caller's, and returns when all are done. Slots are below `threads` and no two tasks run at one time in the same slot,
+// so a slot can own scratch memory. Tasks must not throw; results must not depend on which thread runs what.
 //
 // Safe to call from several threads at once (the pool serves one call, the others run on their own thread) and
 // in a forked child (which starts threads of its own). Fewer threads than asked for are used when the system

@@ -208,8 +208,8 @@ class GaLoreAdam(Optimizer):
             if grad.shape != param.shape or (state and not layout.fits(state)):
                 raise ValueError(
                     f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}, and its "
-                    "state was made for another shape or rank; it was changed since the last step: make a new optimizer, or "
-                    "restore it"
+                    "state was made for another shape or rank; it was changed since the last step: make a new "
+                    "optimizer, or restore it"
                 )
             registry.select("adam8bit_update", self._backend, param.device)
             updates.append(Update(param, grad, group, index, name, layout))

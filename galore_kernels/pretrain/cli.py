@@ -118,6 +118,7 @@ def _train(options: argparse.Namespace) -> None:
     resume = None
     if options.resume is not None:
         resume = _checkpoint_to_resume(options)
+        options.out = resume.parent.parent
         config = _resumed_config(resume, given)
     else:
         config = Config.resolve(given)
@@ -125,11 +126,7 @@ def _train(options: argparse.Namespace) -> None:
     log_every = _positive("--log-every", options.log_every, preset.log_every)
     save_every = _positive("--save-every", options.save_every, preset.save_every)
     corpus = load_corpus(config, options.out / "cache")
-    if resume is not None:
-        folder = resume.parent
-        options.out = folder.parent
-    else:
-        folder = _new_folder(options.out, options.name, config)
+    folder = resume.parent if resume is not None else _new_folder(options.out, options.name, config)
     train(config, corpus, folder, choose_display(), device=device, resume=resume, log_every=log_every,
           save_every=save_every)  # fmt: skip
 
@@ -161,14 +158,14 @@ def _positive(flag: str, given: int | None, default: int) -> int:
 
 
 def _new_folder(out: Path, name: str | None, config: Config) -> Path:
-    """Folder of a new run: the name that was asked for if it is free, else the first free number."""
+    """Folder of a new run: the name that was asked for unless it holds a run, else the first free number."""
     if name is not None:
         folder = out / name
-        if (folder / LOG_NAME).exists():
+        if find_checkpoints(folder):  # killed before its first checkpoint, a run can only begin again
             raise PretrainError(f"--name {name}: {folder} holds a run; add --resume to go on with it, or choose a name")
     else:
         folder, number = out / config.run_name(), 1
-        while folder.exists():
+        while (folder / LOG_NAME).exists():
             number += 1
             folder = out / f"{config.run_name()}-{number}"
     folder.mkdir(parents=True, exist_ok=True)
