@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from galore_kernels import _native
 from numpy.typing import NDArray
 from torch import Tensor
+
+from galore_kernels import _native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIDE_CODES = {"right": 0, "left": 1}

@@ -381,7 +381,7 @@ def test_a_saver_that_finishes_in_between_is_not_overwritten_in_place(
     checkpoint.save(small_state(1.0), path)
     content = path.read_bytes()
     flock = fcntl.flock
-    calls = []
+    calls: list[int] = []
 
     def late_flock(descriptor: int, operation: int) -> None:
         if not calls:

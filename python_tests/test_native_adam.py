@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from galore_kernels import _native
 from native_calls import (
     DTYPE_CODES,
     FloatArray,
@@ -22,6 +21,8 @@ from native_calls import (
 )
 from torch import Tensor
 
+from galore_kernels import _native
+
 LARGEST_GRADIENT = 1.8446743e19  # the largest float32 whose square is finite
 
 SIZES = pytest.mark.parametrize("n", [1, 7, 255, 256, 257, 20000])  # around one block; more than one task of blocks
@@ -33,7 +34,7 @@ def numpy_adam(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """m, v, u with every float32 operation rounded by itself."""
     f32 = np.float32
-    g = grad * f32(scalars.inv_grad_scale)
+    g: FloatArray = grad * f32(scalars.inv_grad_scale)
     if scalars.maximize:
         g = -g
     m = f32(scalars.beta1) * m + f32(1 - scalars.beta1) * g

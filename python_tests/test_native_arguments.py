@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from galore_kernels import _native
 
 ADAM: dict[str, Any] = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from galore_kernels import _native
 from native_calls import BLOCK, FloatArray, bits, dequantize, quantize
 from numpy.typing import NDArray
+
+from galore_kernels import _native
 
 BOTH_MAPS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 
@@ -25,7 +27,7 @@ def published_map(signed: bool) -> FloatArray:
             np.float32(float(tenth) + spacing * i) if i < (cells + 1) // 2 else np.float32(1.0 - spacing * (cells - i))
             for i in range(cells + 1)
         ]
-        for lower, upper in zip(edges[:-1], edges[1:], strict=True):
+        for lower, upper in itertools.pairwise(edges):
             value = np.float32(10.0 ** (decade - 6)) * ((lower + upper) / np.float32(2.0))
             values += [value, -value] if signed else [value]
     return np.sort(np.array(values, dtype=np.float32))

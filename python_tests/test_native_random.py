@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from galore_kernels import _native
 from native_calls import Scalars, adam_update, bits, random_state
 from numpy.typing import NDArray
 from torch import Tensor
+
+from galore_kernels import _native
 
 
 def random_words(seed: int, stream: int, n: int) -> list[int]:
@@ -143,3 +144,14 @@ def test_rounding_near_the_largest_bf16(seed: int | None) -> None:
     assert param[1].item() == torch.inf
     assert param[2].item() == -torch.inf
     assert param[3].isnan()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_nan_whose_mantissa_is_all_ones_stays_nan(seed: int | None) -> None:
+    """Rounding adds to the bits: without a special case this one would carry into the sign and become zero."""
+    gradient = torch.full((40,), -1, dtype=torch.int32).view(torch.float32)
+    assert gradient.isnan().all()
+    param = torch.ones(40, dtype=torch.bfloat16)
+    state = random_state(40, eight_bit=False, generator=torch.Generator().manual_seed(0))
+    adam_update(param, gradient, state, Scalars(), rounding_seed=seed)
+    assert param.isnan().all()
