@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -29,3 +32,10 @@ def _one_thread_and_one_seed() -> None:
     # On two shared cores torch's products are slower with two threads than with one.
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _away_from_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs every test in an empty folder: ``python -c`` and ``-m`` then import the installed package."""
+    with contextlib.chdir(tmp_path_factory.mktemp("working_directory")):
+        yield

@@ -116,10 +116,21 @@ def lowrank_adam(lowrank: Tensor, state: State, scalars: Scalars, *, threads: in
     _native.lowrank_adam(lowrank.data_ptr(), lowrank.numel(), *state.addresses(), **asdict(scalars), threads=threads)
 
 
+GUARD_FLOATS = 1 << 18
+GUARD = 12345.0
+
+
 def workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
-    """Exactly what is asked for, filled with NaN: nothing may depend on what it held."""
+    """What is asked for, filled with NaN since nothing may depend on what it held, and a guard behind it."""
     size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads)
-    return torch.full((size // 4,), torch.nan)
+    scratch = torch.full((size // 4 + GUARD_FLOATS,), torch.nan)
+    scratch[-GUARD_FLOATS:] = GUARD
+    return scratch
+
+
+def check_guard(scratch: Tensor) -> None:
+    """Nothing may be written behind what was asked for."""
+    assert bool((scratch[-GUARD_FLOATS:] == GUARD).all()), "the native code wrote past its workspace"
 
 
 def project(
@@ -144,6 +155,7 @@ def project(
         workspace=scratch.data_ptr(),
         threads=threads,
     )
+    check_guard(scratch)
     return lowrank, representable
 
 
@@ -177,6 +189,7 @@ def back_project_update(
         workspace=scratch.data_ptr(),
         threads=threads,
     )
+    check_guard(scratch)
 
 
 def bits(x: Tensor) -> NDArray[np.uint32]:

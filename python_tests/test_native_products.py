@@ -176,6 +176,18 @@ def test_back_project_update_large_rank(rank: int, side: str) -> None:
 
 
 @SIDES
+@pytest.mark.parametrize("threads", [1, 2, 8])  # each has a panel of its own in the workspace
+@pytest.mark.parametrize("rank", [300, 384, 448, 737, 768])  # what fits, rounded to tiles, differs between the tiles
+def test_a_panel_of_many_ranks_fits_the_workspace(rank: int, threads: int, side: str) -> None:
+    """Sized by the larger tile, it was too small on the right side; ``native_calls`` checks what lies behind it."""
+    rows, cols = (2048, 64) if side == "right" else (64, 2048)
+    short, long = short_and_long(rows, cols, side)
+    weight, basis, update = torch.zeros(rows, cols), random_matrix(short, rank, 1), random_matrix(long, rank, 2)
+    back_project_update(weight, update, basis, side, Scalars(), threads=threads)
+    project(random_matrix(rows, cols, 3), basis, side, threads=threads)
+
+
+@SIDES
 @pytest.mark.parametrize(
     "scalars", [Scalars(lr=0.5, weight_decay=0.0), Scalars(lr=0.5, step=0), Scalars(lr=0.0)], ids=str
 )

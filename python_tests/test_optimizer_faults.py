@@ -284,3 +284,37 @@ def test_a_nan_gradient_and_a_failure_in_one_step(backend: str, monkeypatch: pyt
     optimizer.step()  # no second report: the skip is done
     assert optimizer.skipped_steps() == {'param group 0, parameter 0 ("tall")': 1}
     assert [float(optimizer.state[param]["step"]) for param in params.values()] == [2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+def test_a_step_under_autocast_is_the_same_step(proj_type: str, backend: str) -> None:
+    """Its float32 products would come out in bfloat16: half the memory that the native stages then write to."""
+    weights = []
+    for enabled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(96, 64, generator=generator))
+        optimizer = GaLoreFusedAdamW([param], lr=0.01, rank=16, proj_type=proj_type, backend=backend)
+        for _ in range(3):
+            param.grad = torch.randn(96, 64, generator=generator)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        weights.append(param.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_a_gradient_of_inference_mode_is_refused_before_anything_changes() -> None:
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = GaLoreFusedAdamW([("first", first), ("second", second)], lr=0.1)
+    first.grad = torch.ones(3)
+    with torch.inference_mode():
+        second.grad = torch.ones(3)
+    with pytest.raises(ValueError, match='"second".*inference mode'):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(3))
+    assert not optimizer.state
+
+
+def test_an_overlapping_parameter_is_refused_at_construction() -> None:
+    windows = torch.zeros(128).as_strided((20, 30), (5, 1)).requires_grad_()
+    with pytest.raises(ValueError, match='"windows".*overlapping.*clone'):
+        GaLoreFusedAdamW([("windows", windows)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from update_cases import CPU_BACKENDS, assert_same_bits
 
 from galore_kernels import ops
-from galore_kernels.quantizers import block_count, dynamic_map, rounding_thresholds
+from galore_kernels.quantizers import block_count, blockwise, dynamic_map, rounding_thresholds
 
 # SHA-256 of the 1024 bytes of bitsandbytes 0.50.2's create_dynamic_map(signed=...), and a few of its entries, so that
 # a wrong map fails where bitsandbytes is missing, and shows where it is wrong.
@@ -289,3 +289,21 @@ def test_thresholds_are_the_midpoints_or_the_float_below(signed: bool) -> None:
     below = torch.nextafter(midpoints, torch.tensor(-torch.inf))
     assert_same_bits(thresholds[0::2], midpoints[0::2], "below even codes")
     assert_same_bits(thresholds[1::2], below[1::2], "below odd codes")
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_map_does_not_depend_on_torchs_defaults(signed: bool) -> None:
+    """It is cached: the first caller's default dtype or device would stay in it."""
+    expected = dynamic_map(signed), rounding_thresholds(signed)
+    blockwise._dynamic_map.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            got = dynamic_map(signed), rounding_thresholds(signed)
+    finally:
+        torch.set_default_dtype(before)
+        blockwise._dynamic_map.cache_clear()
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, theirs)

@@ -20,10 +20,11 @@ GK_HOST_DEVICE std::uint8_t encode(float x, float absmax, const float* threshold
 
 GK_HOST_DEVICE float decode(std::uint8_t code, float absmax, const float* values) { return values[code] * absmax; }
 
-// The block's absmax takes the larger magnitude of this and the next element.
+// The block's absmax takes the larger magnitude of this and the next element; a NaN stays, so that a block that was
+// given one (its contract is finite elements) does not come back looking sound.
 GK_HOST_DEVICE float larger_magnitude(float absmax, float x) {
     const float magnitude = std::fabs(x);
-    return magnitude > absmax ? magnitude : absmax;
+    return magnitude > absmax || magnitude != magnitude ? magnitude : absmax;
 }
 
 }  // namespace gk

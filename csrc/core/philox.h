@@ -15,21 +15,27 @@ struct Philox4x32 {
 // Sixteen bits serve one bf16 rounding, so one counter value serves eight consecutive elements.
 constexpr int kRandomsPerBlock = 8;
 
-GK_HOST_DEVICE Philox4x32 philox4x32_10(const Philox4x32& counter, std::uint32_t key0, std::uint32_t key1) {
-    std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
+// The ten rounds on 64-bit lanes that hold 32-bit words: W is std::uint64_t, or a CPU kernel's vector of them, and
+// multiply(a, factor) the 64-bit product of a's lower half. Upper halves may be left with anything in between.
+template <class W, class Multiply>
+GK_HOST_DEVICE void philox_rounds(W (&c)[4], std::uint32_t key0, std::uint32_t key1, const Multiply& multiply) {
     for (int round = 0; round < 10; ++round) {
-        const std::uint64_t product0 = static_cast<std::uint64_t>(0xD2511F53u) * c0;
-        const std::uint64_t product1 = static_cast<std::uint64_t>(0xCD9E8D57u) * c2;
-        const std::uint32_t next0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ key0;
-        const std::uint32_t next2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ key1;
-        c1 = static_cast<std::uint32_t>(product1);
-        c3 = static_cast<std::uint32_t>(product0);
-        c0 = next0;
-        c2 = next2;
+        const W product0 = multiply(c[0], 0xD2511F53u);
+        const W product1 = multiply(c[2], 0xCD9E8D57u);
+        c[0] = (product1 >> 32) ^ c[1] ^ static_cast<std::uint64_t>(key0);
+        c[2] = (product0 >> 32) ^ c[3] ^ static_cast<std::uint64_t>(key1);
+        c[1] = product1;
+        c[3] = product0;
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }
-    return Philox4x32{{c0, c1, c2, c3}};
+}
+
+GK_HOST_DEVICE Philox4x32 philox4x32_10(const Philox4x32& counter, std::uint32_t key0, std::uint32_t key1) {
+    std::uint64_t c[4] = {counter.word[0], counter.word[1], counter.word[2], counter.word[3]};
+    philox_rounds(c, key0, key1, [](std::uint64_t a, std::uint32_t factor) { return (a & 0xFFFFFFFFu) * factor; });
+    return Philox4x32{{static_cast<std::uint32_t>(c[0]), static_cast<std::uint32_t>(c[1]),
+                       static_cast<std::uint32_t>(c[2]), static_cast<std::uint32_t>(c[3])}};
 }
 
 // The four words for elements 8 * block .. 8 * block + 7; stream is the number of the step being taken.

@@ -32,11 +32,13 @@ template <bool kQuantized, class Gradient, class Direction>
         std::uint8_t* v_codes = static_cast<std::uint8_t*>(moments.v) + first;
         const float m_absmax = moments.m_absmax[block], v_absmax = moments.v_absmax[block];
         float m[kQuantBlock], v[kQuantBlock];
+        decode_block<true>(m_codes, n, m);
+        decode_block<false>(v_codes, n, v);
         for_lanes(n, [&](index_t i, auto lanes) {
             using F = decltype(lanes);
             const F g = gradient(i, lanes);
-            const F new_m = adam_first_moment(decode_as<true, F>(m_codes + i) * m_absmax, g, c);
-            const F new_v = adam_second_moment(decode_as<false, F>(v_codes + i) * v_absmax, g, c);
+            const F new_m = adam_first_moment(load_as<F>(m + i) * m_absmax, g, c);
+            const F new_v = adam_second_moment(load_as<F>(v + i) * v_absmax, g, c);
             store_as(m + i, new_m);
             store_as(v + i, new_v);
             direction(i, adam_direction(new_m, square_root(new_v), c));
@@ -68,10 +70,9 @@ static void adam_update_as(const Weight& weight, const G* grad, const Moments& m
         const AdamCoefficients c = coefficients;  // a copy: no store can change it
         const G* source = grad + first;
         W* w = static_cast<W*>(weight.data) + first;
-        RandomBuffer buffer;
+        RandomBuffer<kQuantBlock> buffer;
         [[maybe_unused]] const std::uint16_t* random = nullptr;
-        if constexpr (kStochastic)
-            random = random_row(weight.rounding.seed, weight.rounding.stream, first, count, buffer);
+        if constexpr (kStochastic) random = random_row(weight.rounding, first, count, buffer);
         moments_block<kQuantized>(
             moments, block, count, c,
             [&](index_t i, auto lanes) { return load_as<decltype(lanes)>(source + i) * c.gradient_scale; },

@@ -26,7 +26,7 @@ struct PackedOperand {
     index_t count;
 };
 
-// A row of n weights with its row x of the product; first is the flat index of its first element.
+// A row of n weights with its row x of the product.
 template <class W>
 [[gnu::always_inline]] static inline void update_row(W* weight, const float* x, index_t n, const AdamCoefficients& c) {
     for_lanes(n, [&](index_t i, auto lanes) {
@@ -35,14 +35,21 @@ template <class W>
     });
 }
 
-[[gnu::noinline]] static void update_row_stochastic(Bf16* weight, const float* x, index_t n, index_t first,
-                                                    const WeightRounding& rounding, const AdamCoefficients& c) {
-    RandomBuffer buffer;
-    const std::uint16_t* random = random_row(rounding.seed, rounding.stream, first, n, buffer);
-    for_lanes(n, [&](index_t i, auto lanes) {
-        using F = decltype(lanes);
-        store_stochastic(weight + i, adam_weight(load_as<F>(weight + i), load_as<F>(x + i), c), random + i);
-    });
+[[gnu::noinline]] static void update_tile_stochastic(Bf16* weight, index_t ld, index_t corner, index_t rows,
+                                                     index_t columns, const float* x, index_t width,
+                                                     const WeightRounding& rounding, const AdamCoefficients& c) {
+    // All bits first: they are stored in pieces that a wider load would otherwise wait for.
+    RandomBuffer<kTileColumns> buffers[kTileRows];
+    const std::uint16_t* random[kTileRows];
+    for (index_t i = 0; i < rows; ++i) random[i] = random_row(rounding, corner + i * ld, columns, buffers[i]);
+    for (index_t i = 0; i < rows; ++i) {
+        Bf16* row = weight + corner + i * ld;
+        for_lanes(columns, [&](index_t j, auto lanes) {
+            using F = decltype(lanes);
+            const F updated = adam_weight(load_as<F>(row + j), load_as<F>(x + i * width + j), c);
+            store_stochastic(row + j, updated, random[i] + j);
+        });
+    }
 }
 
 // `rows` rows of `columns` weights from the flat index corner on, with the product's rows `width` apart.
@@ -53,10 +60,7 @@ template <class W>
     const AdamCoefficients c = coefficients;  // a copy: no store can change it
     if constexpr (std::is_same_v<W, Bf16>) {
         if (rounding.stochastic) {
-            for (index_t i = 0; i < rows; ++i, corner += ld, x += width) {
-                update_row_stochastic(weight + corner, x, columns, corner, rounding, c);
-            }
-            return;
+            return update_tile_stochastic(weight, ld, corner, rows, columns, x, width, rounding, c);
         }
     }
     if (columns == kTileColumns) {  // almost always: a length that the compiler knows
@@ -165,10 +169,13 @@ static void back_project_update(const Weight& weight, const Projection& p, const
     });
 }
 
-// Enough for either side, and for units of one element.
+// Enough for either side, and for units of one element. Either tile may have the larger panel: what fits is rounded
+// down to whole tiles.
 static index_t back_project_workspace_floats(index_t short_size, index_t rank, int threads) {
     const index_t largest_tile = kTileRows > kTileColumns ? kTileRows : kTileColumns;
-    const index_t panel = update_panel(rank, largest_tile, kTilesPerPanel * largest_tile);
+    const index_t panel_of_rows = update_panel(rank, kTileRows, kTilesPerPanel * kTileRows);
+    const index_t panel_of_columns = update_panel(rank, kTileColumns, kTilesPerPanel * kTileColumns);
+    const index_t panel = panel_of_rows > panel_of_columns ? panel_of_rows : panel_of_columns;
     return whole_lines((short_size + largest_tile) * rank) + threads * whole_lines(panel * rank);
 }
 

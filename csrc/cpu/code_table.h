@@ -21,8 +21,10 @@ struct CodeTable {
 
 namespace detail {
 
-// The bits of a positive normal float below 2, in constant expressions, where memcpy is not allowed.
+// The bits of a float that is zero or normal and less than 2, in constant expressions, where memcpy is not allowed.
 constexpr std::uint32_t constant_float_bits(float x) {
+    if (x == 0.0f) return 0;
+    if (x < 0.0f) return 0x80000000u | constant_float_bits(-x);
     std::uint32_t exponent = 127;
     while (x < 1.0f) {
         x *= 2.0f;
@@ -54,37 +56,6 @@ constexpr CodeTable make_code_table(bool is_signed) {
     return table;
 }
 
-// The same code for vector registers. Within a decade the thresholds are evenly spaced, so the position of z among them
-// is a line, rising by one from threshold to threshold; the spacing grows fivefold from decade to decade, so over all
-// of them it is the lowest line. The offsets are half a code low: truncation then gives a candidate that is right or
-// one too small, also next to a decade's first threshold, which lies a fifth of a code off its line.
-constexpr int kDecades = 7;
-
-struct CodeLines {
-    float slopes[kDecades];
-    float offsets[kDecades];
-    float thresholds[kCodes];  // by codes away from zero
-};
-
-constexpr CodeLines make_code_lines(bool is_signed) {
-    const DynamicMap map = make_dynamic_map(is_signed);
-    const int zero = is_signed ? kSignedZeroCode : 0;
-    CodeLines lines{};
-    double power = 1e6;
-    for (int decade = 0; decade < kDecades; ++decade, power /= 10.0) {
-        const int count = is_signed ? 1 << decade : 2 << decade;
-        const int first = is_signed ? count : count - 1;
-        lines.slopes[decade] = static_cast<float>(count * power / 0.9);
-        lines.offsets[decade] = static_cast<float>(first - count * (0.1 / 0.9) - 0.5);
-    }
-    for (int i = 0; i < kCodes; ++i) {
-        lines.thresholds[i] = zero + i < kCodes - 1 ? map.thresholds[zero + i] : 2.0f;  // 2: beyond every z
-    }
-    return lines;
-}
-
-alignas(64) static constexpr CodeLines kSignedLines = make_code_lines(true);
-alignas(64) static constexpr CodeLines kUnsignedLines = make_code_lines(false);
 alignas(64) static constexpr CodeTable kSignedCodes = make_code_table(true);
 alignas(64) static constexpr CodeTable kUnsignedCodes = make_code_table(false);
 static_assert(kSignedCodes.one_threshold_per_bucket && kUnsignedCodes.one_threshold_per_bucket);

@@ -33,10 +33,11 @@ const Kernels& choose() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const Choice choices[] = {{&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
-                              {&avx512::kernels, avx512},
-                              {&avx2::kernels, avx2},
-                              {&generic::kernels, true}};
+    const Choice choices[] = {
+        {&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")},
+        {&avx512::kernels, avx512},
+        {&avx2::kernels, avx2},
+        {&generic::kernels, true}};
 #else
     const Choice choices[] = {{&generic::kernels, true}};
 #endif

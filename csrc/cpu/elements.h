@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../core/philox.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace gk::cpu::GK_ISA {
@@ -96,24 +97,38 @@ template <class T>
     for_lanes(n, [&](index_t i, auto lanes) { store_as(out + i, load_as<decltype(lanes)>(source + i)); });
 }
 
-// Longest run of elements that random_row serves at once.
-constexpr int kRandomRow = 256;
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bf16 pairs and random bits are laid out so");
 
-// Room for the elements' random bits and for the rest of the counter blocks at either end.
+// Room for the random bits of kElements elements, the rest of the counter blocks at either end, and of a last batch.
+template <int kElements>
 struct RandomBuffer {
-    std::uint16_t bits[kRandomRow + 2 * kRandomsPerBlock];
+    std::uint16_t bits[kElements + (1 + kWideLanes) * kRandomsPerBlock];
 };
 
-// The random bits of elements first .. first + n - 1, n <= kRandomRow; the pointer returned is into the buffer.
-static inline const std::uint16_t* random_row(std::uint64_t seed, std::uint64_t stream, index_t first, index_t n,
-                                              RandomBuffer& buffer) {
+// The random bits of elements first .. first + n - 1, n <= kElements; the pointer returned is into the buffer.
+template <int kElements>
+static inline const std::uint16_t* random_row(const WeightRounding& rounding, index_t first, index_t n,
+                                              RandomBuffer<kElements>& buffer) {
+    const std::uint64_t seed = rounding.seed, stream = rounding.stream;
     const std::uint64_t first_block = static_cast<std::uint64_t>(first / kRandomsPerBlock);
     const index_t offset = first % kRandomsPerBlock;
     const index_t blocks = ceil_div(offset + n, kRandomsPerBlock);
-    for (index_t b = 0; b < blocks; ++b) {
-        const Philox4x32 random = random_block(seed, stream, first_block + static_cast<std::uint64_t>(b));
-        for (int i = 0; i < kRandomsPerBlock; ++i) {
-            buffer.bits[kRandomsPerBlock * b + i] = static_cast<std::uint16_t>(random_bits16(random, i));
+    for (index_t b = 0; b < blocks; b += kWideLanes) {
+        WideVector block{};
+        for (int i = 0; i < kWideLanes; ++i) block[i] = first_block + static_cast<std::uint64_t>(b + i);
+        WideVector words[4] = {block, block >> 32, WideVector{} + stream, WideVector{} + (stream >> 32)};
+        philox_rounds(words, static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32),
+                      [](WideVector a, std::uint32_t factor) { return multiply_halves(a, factor); });
+        // A block's eight 16-bit numbers are the bytes of its four words in little-endian order.
+        const WideVector low_half = (words[0] & 0xFFFFFFFFu) | (words[1] << 32);
+        const WideVector high_half = (words[2] & 0xFFFFFFFFu) | (words[3] << 32);
+        std::uint64_t halves[2][kWideLanes];
+        std::memcpy(halves[0], &low_half, sizeof low_half);
+        std::memcpy(halves[1], &high_half, sizeof high_half);
+        for (int i = 0; i < kWideLanes; ++i) {
+            std::uint16_t* out = buffer.bits + (b + i) * kRandomsPerBlock;
+            std::memcpy(out, &halves[0][i], sizeof(std::uint64_t));
+            std::memcpy(out + 4, &halves[1][i], sizeof(std::uint64_t));
         }
     }
     return buffer.bits + offset;

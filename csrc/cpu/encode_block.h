@@ -1,65 +1,12 @@
 // One block to and from its codes: what core's encode() and decode() give for each element.
 #pragma once
 
-#include <type_traits>
-
 #include "../core/adam.h"
 #include "code_table.h"
+#include "encode_bytes.h"
 #include "simd.h"
 
 namespace gk::cpu::GK_ISA {
-
-#if defined(__AVX512F__)
-
-// table[index] for 2^n entries, from registers: a gather takes the processor one load per element.
-template <int kEntries>
-[[gnu::always_inline]] static inline Vector lookup(const float* table, __m512i index) {
-    if constexpr (kEntries == 2 * kLanes) {
-        return _mm512_permutex2var_ps(load(table), index, load(table + kLanes));
-    } else {
-        const Vector lower = lookup<kEntries / 2>(table, index);
-        const Vector upper = lookup<kEntries / 2>(table + kEntries / 2, index);
-        return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(kEntries / 2)), lower, upper);
-    }
-}
-
-// The codes away from zero of kLanes magnitudes z <= 1: the position on the code's lines is right to less than half a
-// code, and the threshold at the candidate decides.
-template <bool kSigned>
-[[gnu::always_inline]] static inline __m512i code_magnitudes(Vector z) {
-    constexpr const CodeLines& code = kSigned ? kSignedLines : kUnsignedLines;
-    Vector position = multiply_add(z, broadcast(code.slopes[0]), broadcast(code.offsets[0]));
-#pragma GCC unroll 7
-    for (int decade = 1; decade < kDecades; ++decade) {
-        position =
-            _mm512_min_ps(position, multiply_add(z, broadcast(code.slopes[decade]), broadcast(code.offsets[decade])));
-    }
-    const __m512i candidate = _mm512_cvttps_epi32(position);
-    const Vector threshold = lookup<kSigned ? 128 : 256>(code.thresholds, candidate);
-    const __mmask16 above = _mm512_cmp_ps_mask(z, threshold, _CMP_GT_OQ);
-    return _mm512_mask_add_epi32(candidate, above, candidate, _mm512_set1_epi32(1));
-}
-
-template <bool kSigned>
-[[gnu::always_inline]] static inline void encode_lanes(const float* x, Vector absmax, std::uint8_t* codes) {
-    const Vector elements = load(x);
-    const Vector z = _mm512_abs_ps(elements / absmax);
-    const __m512i magnitude = code_magnitudes<kSigned>(z);
-    const __m512i at_least_one =
-        _mm512_max_epi32(magnitude, _mm512_set1_epi32(1));  // the sign is kept, v stays positive
-    __m512i code;
-    if constexpr (kSigned) {
-        const __m512i zero = _mm512_set1_epi32(kSignedZeroCode);
-        const __mmask16 negative = _mm512_cmp_ps_mask(elements, _mm512_setzero_ps(), _CMP_LT_OQ);
-        code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, magnitude), negative, zero,
-                                     _mm512_min_epi32(at_least_one, zero));
-    } else {
-        code = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(elements, _mm512_setzero_ps(), _CMP_GT_OQ), at_least_one);
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
-}
-
-#endif
 
 // The codes away from zero of one |z| <= 1. Out-of-range buckets only come from non-finite inputs, whose code means
 // nothing; the clamp keeps the lookup inside the table.
@@ -93,8 +40,8 @@ template <bool kSigned>
 template <bool kSigned>
 static inline void encode_elements(const float* __restrict x, float absmax, index_t n, std::uint8_t* __restrict codes) {
     index_t done = 0;
-#if defined(__AVX512F__)
-    for (; done + kLanes <= n; done += kLanes) encode_lanes<kSigned>(x + done, broadcast(absmax), codes + done);
+#if defined(GK_BYTE_PERMUTES)
+    for (; done + 64 <= n; done += 64) encode_64<kSigned>(x + done, absmax, codes + done);
     if (done == n) return;
 #endif
     std::uint32_t bits[kQuantBlock], entries[kQuantBlock];
@@ -134,22 +81,16 @@ static inline float encode_block(const float* __restrict x, index_t n, std::uint
     return absmax;
 }
 
-// The value of one code, or of kLanes codes, in units of the absmax.
-template <bool kSigned, class F>
-[[gnu::always_inline]] static inline F decode_as(const std::uint8_t* codes) {
-    const float* values = (kSigned ? kSignedMap : kUnsignedMap).values;
-    if constexpr (std::is_same_v<F, float>) {
-        return values[*codes];
-    } else {
-#if defined(__AVX512F__)
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-        return lookup<kCodes>(values, _mm512_cvtepu8_epi32(bytes));
-#else
-        Vector x{};
-        for (int i = 0; i < kLanes; ++i) x[i] = values[codes[i]];
-        return x;
+// The values of n codes, in units of the absmax. Not vectorized, as above.
+template <bool kSigned>
+[[gnu::noinline, gnu::optimize("no-tree-vectorize")]] static void decode_block(const std::uint8_t* __restrict codes,
+                                                                               index_t n, float* __restrict out) {
+    index_t done = 0;
+#if defined(GK_BYTE_PERMUTES)
+    for (; done + 64 <= n; done += 64) decode_64<kSigned>(codes + done, out + done);
 #endif
-    }
+    const float* values = (kSigned ? kSignedMap : kUnsignedMap).values;
+    for (; done < n; ++done) out[done] = values[codes[done]];
 }
 
 }  // namespace gk::cpu::GK_ISA

@@ -1,4 +1,11 @@
 // One build of the kernels, for the instruction set GK_ISA.
+#if defined(__AVX512BF16__)
+// The byte permutations of the 8-bit code: all processors with bf16 products have them except Cooper Lake, which takes
+// the kernels below these.
+#pragma GCC target("avx512vbmi")
+#define GK_BYTE_PERMUTES
+#endif
+
 #include "kernels.h"
 
 #include "adam_update.h"
@@ -19,10 +26,11 @@ static index_t workspace_bytes(index_t short_size, index_t rank, int threads) {
 }
 
 static void random_bits(std::uint64_t seed, std::uint64_t stream, index_t n, std::uint16_t* out) {
-    for (index_t first = 0; first < n; first += kRandomRow) {
-        const index_t count = at_most(kRandomRow, n - first);
-        RandomBuffer buffer;
-        std::memcpy(out + first, random_row(seed, stream, first, count, buffer), static_cast<std::size_t>(count) * 2);
+    for (index_t first = 0; first < n; first += kQuantBlock) {
+        const index_t count = at_most(kQuantBlock, n - first);
+        RandomBuffer<kQuantBlock> buffer;
+        const std::uint16_t* bits = random_row(WeightRounding{true, seed, stream}, first, count, buffer);
+        std::memcpy(out + first, bits, static_cast<std::size_t>(count) * sizeof *bits);
     }
 }
 

@@ -39,8 +39,10 @@ static void quantize_blockwise(const void* x, DType dtype, index_t n, bool is_si
 template <bool kSigned>
 static void dequantize_as(const std::uint8_t* codes, const float* absmax, index_t n, float* out, int threads) {
     for_each_block(n, threads, [&](index_t block, index_t first, index_t count) {
+        float values[kQuantBlock];
+        decode_block<kSigned>(codes + first, count, values);
         for_lanes(count, [&](index_t i, auto lanes) {
-            store_as(out + first + i, decode_as<kSigned, decltype(lanes)>(codes + first + i) * absmax[block]);
+            store_as(out + first + i, load_as<decltype(lanes)>(values + i) * absmax[block]);
         });
     });
 }

@@ -39,6 +39,21 @@ constexpr int kTileColumns = kTileVectors * kLanes;
 // The same lanes as bits.
 typedef std::uint32_t VectorBits __attribute__((vector_size(4 * kLanes)));
 
+// Half as many lanes of 64 bits, and the products of their lower halves.
+typedef std::uint64_t WideVector __attribute__((vector_size(4 * kLanes)));
+constexpr int kWideLanes = kLanes / 2;
+static inline WideVector multiply_halves(WideVector a, std::uint32_t factor) {
+#if defined(__AVX512F__)
+    const __m512i product = _mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(factor));
+    return reinterpret_cast<WideVector>(product);
+#elif defined(__AVX2__)
+    const __m256i product = _mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(factor));
+    return reinterpret_cast<WideVector>(product);
+#else
+    return (a & 0xFFFFFFFFu) * static_cast<std::uint64_t>(factor);
+#endif
+}
+
 static inline Vector load(const float* p) {
     Vector x;
     std::memcpy(&x, p, sizeof x);

@@ -133,7 +133,8 @@ def galore_update(
         threads=threads,
     )
     if long_basis is not None:
-        lowrank = long_basis.float().T @ lowrank
+        both = torch.empty((long_basis.shape[1], rank), dtype=torch.float32)
+        lowrank = torch.mm(long_basis.float().T, lowrank, out=both)
         representable = _representable(lowrank, threads)
     if not representable:
         state.skipped.add_(1)

@@ -67,7 +67,7 @@ class AdamOptions:
     """The scalars of one update.
 
     Attributes:
-        lr: 0-d float tensor, so that a schedule needs neither a recompilation nor a host synchronisation.
+        lr: 0-d float tensor, so that a schedule needs no recompilation, and a device kernel no host synchronisation.
         beta1, beta2, eps, weight_decay: Adam's; the decay is decoupled and follows the update.
         maximize: ascend instead of descend.
         grad_scale: 0-d tensor the gradient is divided by (GradScaler's), or None.
@@ -122,13 +122,20 @@ def check_tensor(
 def check_weight(op: str, param: Tensor) -> None:
     """Raises ValueError unless ``param`` can be updated in place."""
     check_tensor(op, "param", param, device=param.device, dtypes=WEIGHT_DTYPES)
-    if param.is_contiguous():
-        return
+    if overlaps(param):
+        _fail(op, "param", "without overlapping elements", f"strides {param.stride()}", "clone it")
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory (expanded tensors, sliding windows), so that an update would hit them twice."""
+    if tensor.is_contiguous():
+        return False
     extent = 1  # elements that the dimensions of smaller stride reach over
-    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < extent:
-            _fail(op, "param", "without overlapping elements", f"strides {param.stride()}", "clone it")
+            return True
         extent += (size - 1) * stride
+    return False
 
 
 def check_adam(op: str, param: Tensor, numel: int, state: AdamState, options: AdamOptions) -> None:

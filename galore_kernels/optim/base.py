@@ -145,6 +145,7 @@ class GaLoreAdam(Optimizer):
 
         Everything is checked before anything changes. If a call raises half-way (out of memory, say), calling
         ``step()`` again with the same gradients continues where it stopped, so that no parameter is updated twice.
+        Gradients are the same if nothing has written to them (as autograd counts it: not through ``.data``).
 
         A tensor whose gradient is NaN, infinite or beyond 1.8e19 is skipped: weight and state stay as they are, a
         ``NonFiniteGradientWarning`` names it, ``skipped_steps()`` counts it.
@@ -182,7 +183,7 @@ class GaLoreAdam(Optimizer):
             device = update.param.device
             key = (id(update.group), device)
             if key not in lrs:
-                lrs[key] = torch.as_tensor(lr, dtype=torch.float64).reshape(()).to(device)
+                lrs[key] = torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(())
             skipped = self._apply(update, lrs[key])
             self._interrupted.append((update.param, update.grad, update.grad._version))
             # Last: a warning may be turned into an exception.
@@ -203,8 +204,17 @@ class GaLoreAdam(Optimizer):
                 raise ValueError(f"{name}: expected a dense real gradient, got {grad.layout}, {grad.dtype}; densify it")
             if not grad.is_floating_point() or grad.dtype == torch.float64:
                 raise ValueError(f"{name}: expected a float32, bfloat16 or float16 gradient, got {grad.dtype}")
+            if grad.is_inference():
+                raise ValueError(
+                    f"{name}: its gradient was made in inference mode; run the backward pass outside of it"
+                )
             layout = self._layout(param, group)
             state = self.state.get(param)
+            if grad.device != param.device or (state and state["exp_avg"].device != param.device):
+                raise ValueError(
+                    f"{name}: the weight is on {param.device}, its gradient or its state is not; move the model before "
+                    "the first step, or load the optimizer's state_dict again after moving it"
+                )
             if grad.shape != param.shape or (state and not layout.fits(state)):
                 raise ValueError(
                     f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}, and its "
@@ -330,7 +340,9 @@ class GaLoreAdam(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers, with a format version and a checksum of each parameter's state.
 
-        Loads with ``weights_only=True``. As in torch.optim, the tensors are the optimizer's own, not copies.
+        Loads with ``weights_only=True``. As in torch.optim, the tensors are the optimizer's own, not copies: save or
+        deep-copy the dict before the next step, or its checksums no longer fit. The groups' options are not part of
+        the checksums (people edit a learning rate there); ``galore_kernels.checkpoint`` covers the whole file.
         """
         return serialization.add_header(super().state_dict(), type(self).__name__)
 

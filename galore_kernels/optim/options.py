@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_kernels.ops.adam import WEIGHT_DTYPES
+from galore_kernels.ops.adam import WEIGHT_DTYPES, overlaps
 from galore_kernels.subspace import PROJ_TYPES, REFRESH_METHODS, projection_side
 
 #: Options that decide the shape of the state; a checkpoint must have been made with the same ones.
@@ -84,6 +84,7 @@ def check_scheduled(group: Mapping[str, Any], where: str) -> None:
     _expect(where, "betas", betas, ok, "two numbers in [0, 1)", "(0.9, 0.999) is usual")
     _expect_number(where, group, "eps", positive=False, remedy="1e-8 is usual")
     _expect_number(where, group, "weight_decay", positive=False, remedy="0 turns it off")
+    _expect_choice(where, group, "proj_type", PROJ_TYPES)
     _expect_number(where, group, "scale", positive=True, remedy="0.25 is GaLore's default")
     _expect_count(where, group, "update_proj_gap", "200 is GaLore's default")
 
@@ -91,14 +92,13 @@ def check_scheduled(group: Mapping[str, Any], where: str) -> None:
 def check_group(group: Mapping[str, Any], where: str) -> None:
     """Checks every option of a complete group. Raises ValueError naming the key, the group and the remedy."""
     for key in group:
-        # "rnak" is a typo; "lr_scale" and the like are other libraries' own keys.
+        # "rnak" is a typo; "lr_scale", "d_scale" and "lr0" are other libraries' own keys.
         close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.75)
-        if key not in KNOWN and close and abs(len(close[0]) - len(key)) <= 2:
+        if key not in KNOWN and close and abs(len(close[0]) - len(key)) <= 1 and key[-1:].isalpha():
             raise ValueError(f'unknown key "{key}" in {where}: did you mean "{close[0]}"?')
     check_scheduled(group, where)
     if group["rank"] is not None:
         _expect_count(where, group, "rank", "rank=None keeps the group at full rank")
-    _expect_choice(where, group, "proj_type", PROJ_TYPES)
     _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
     seed = group["seed"]
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
@@ -120,8 +120,8 @@ def check_param(param: object, name: str) -> None:
         )
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{name}: expected a leaf tensor, got a result of {param.grad_fn}; pass the parameter itself")
-    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
-        raise ValueError(f"{name}: expected elements of its own, got an expanded tensor; clone it")
+    if overlaps(param):
+        raise ValueError(f"{name}: expected elements of its own, got an expanded or overlapping tensor; clone it")
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

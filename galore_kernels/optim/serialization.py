@@ -59,7 +59,10 @@ def checked(
         entry = saved_state[saved_index]
         check_state(entry, param, layout_of(param, group), name)
         if state_checksum(entry) != checksums[saved_index]:
-            raise ValueError(f"{name}: its state does not match its checksum; go back to an earlier checkpoint")
+            raise ValueError(
+                f"{name}: its state does not match its checksum: the checkpoint is damaged, or the dict was kept "
+                "over a step without being copied; go back to an earlier one"
+            )
         state[param] = {
             key: value.detach().to(param.device, copy=True).contiguous() if isinstance(value, Tensor) else value
             for key, value in entry.items()

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from galore_kernels.subspace import PROJ_TYPES
+
 from .presets import PRESETS
 
 __all__ = ["DTYPES", "FULL_RANK", "OPTIMIZERS", "SPLITS", "Config", "PretrainError", "differences"]
@@ -113,7 +115,9 @@ class Config:
         self._expect("sequence", self.sequence >= 2, "at least 2 (one token predicts the next)")
         self._expect("warmup", 0 <= self.warmup <= self.steps, f"between 0 and --steps ({self.steps})")
         self._expect("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
-        for key in ("lr", "weight_decay", "eps", "clip", "scale"):
+        self._expect("scale", math.isfinite(self.scale) and self.scale > 0, "a finite number > 0")
+        self._expect("proj_type", self.proj_type in PROJ_TYPES, "one of " + ", ".join(PROJ_TYPES))
+        for key in ("lr", "weight_decay", "eps", "clip"):
             value = getattr(self, key)
             self._expect(key, math.isfinite(value) and value >= 0, "a finite number that is not negative")
         self._expect("optimizer", self.optimizer in OPTIMIZERS, "one of " + ", ".join(OPTIMIZERS))

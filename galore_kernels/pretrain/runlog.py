@@ -29,9 +29,13 @@ class RunLog:
     @classmethod
     def begin(cls, folder: Path, header: dict[str, Any]) -> RunLog:
         """Start the log of a new run with its header."""
-        log = cls((folder / LOG_NAME).open("w", encoding="utf-8"))
-        log.write("header", **header)
-        return log
+        path = folder / LOG_NAME
+        temporary = path.with_name(path.name + ".tmp")
+        # By a rename: a kill in between must not leave a log without its header among the runs.
+        with cls(temporary.open("w", encoding="utf-8")) as log:
+            log.write("header", **header)
+        os.replace(temporary, path)
+        return cls(path.open("a", encoding="utf-8"))
 
     @classmethod
     def resume(cls, folder: Path, step: int) -> RunLog:

@@ -56,7 +56,10 @@ def build_model(config: Config, vocabulary: int) -> torch.nn.Module:
     )
     torch.manual_seed(config.seed)
     model: torch.nn.Module = LlamaForCausalLM(shape)
-    return model.to(getattr(torch, config.dtype))
+    # Parameters alone: Transformers keeps the buffers (the rotary frequencies) in float32 when it loads a model.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
 
 
 def train(
