@@ -308,7 +308,7 @@ def test_a_gradient_of_inference_mode_is_refused_before_anything_changes() -> No
     first.grad = torch.ones(3)
     with torch.inference_mode():
         second.grad = torch.ones(3)
-    with pytest.raises(ValueError, match='"second".*inference mode'):
+    with pytest.raises(ValueError, match=r'"second".*inference mode'):
         optimizer.step()
     assert torch.equal(first, torch.ones(3))
     assert not optimizer.state
@@ -316,5 +316,5 @@ def test_a_gradient_of_inference_mode_is_refused_before_anything_changes() -> No
 
 def test_an_overlapping_parameter_is_refused_at_construction() -> None:
     windows = torch.zeros(128).as_strided((20, 30), (5, 1)).requires_grad_()
-    with pytest.raises(ValueError, match='"windows".*overlapping.*clone'):
+    with pytest.raises(ValueError, match=r'"windows".*overlapping.*clone'):
         GaLoreFusedAdamW([("windows", windows)])
