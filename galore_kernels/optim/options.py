@@ -94,7 +94,12 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     for key in group:
         # "rnak" is a typo; "lr_scale", "d_scale" and "lr0" are other libraries' own keys.
         close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.75)
-        if key not in KNOWN and close and abs(len(close[0]) - len(key)) <= 1 and key[-1:].isalpha():
+        if (
+            key not in KNOWN
+            and close
+            and abs(len(close[0]) - len(key)) <= max(1, len(close[0]) // 6)
+            and key[-1:].isalpha()
+        ):
             raise ValueError(f'unknown key "{key}" in {where}: did you mean "{close[0]}"?')
     check_scheduled(group, where)
     if group["rank"] is not None:
@@ -121,7 +126,7 @@ def check_param(param: object, name: str) -> None:
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{name}: expected a leaf tensor, got a result of {param.grad_fn}; pass the parameter itself")
     if overlaps(param):
-        raise ValueError(f"{name}: expected elements of its own, got an expanded or overlapping tensor; clone it")
+        raise ValueError(f"{name}: expected elements of its own, got an overlapping or expanded tensor; clone it")
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
