@@ -79,6 +79,8 @@ def test_a_target_without_a_match_lists_the_layers() -> None:
     # One string is matched in full: "at" is no layer's whole name.
     with pytest.raises(ValueError, match="q_proj"):
         galore_param_groups(llama(), "attn")
+    with pytest.raises(ValueError, match=r"target_modules: '\*\.attn' is no regular expression"):
+        galore_param_groups(llama(), ["*.attn"])
 
 
 def test_frozen_weights_are_left_out() -> None:

@@ -189,6 +189,8 @@ def test_help_names_every_option() -> None:
         (["--weight-decay", "-0.1"], "--weight-decay -0.1"),
         (["--clip", "-1"], "--clip"),
         (["--scale", "nan"], "--scale"),
+        (["--scale", "0"], "--scale 0.0: expected a finite number > 0"),
+        (["--proj-type", "rigth"], "--proj-type 'rigth': expected one of std"),
         (["--rank", "0"], "--rank 0: expected at least 1"),
         (["--update-proj-gap", "0"], "--update-proj-gap 0"),
         (["--steps", "0"], "--steps 0"),
@@ -216,6 +218,13 @@ def test_bad_options_are_refused_before_anything_is_written(
     assert main(["--out", str(out), "--optimizer", "adamw", *options]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_file_in_the_place_of_the_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert main(["--out", str(tmp_path / "out"), "--optimizer", "adamw"]) == 2
+    assert "expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 @pytest.mark.parametrize("options", [["--optimizer", "sgd"], ["--preset", "2b"], ["--dtype", "int8"], ["--nonsense"]])

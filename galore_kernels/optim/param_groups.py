@@ -27,8 +27,17 @@ def _output_head(model: nn.Module) -> set[int]:
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(target in name or re.fullmatch(target, name) for target in targets)
+        return _fullmatch(targets, name)
+    return any(target in name or _fullmatch(target, name) for target in targets)
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"target_modules: {pattern!r} is no regular expression ({error}); write .* for anything, \\. for a dot"
+        ) from error
 
 
 def galore_param_groups(

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
+        if options.out.exists() and not options.out.is_dir():
+            raise PretrainError(f"--out {options.out}: expected a folder, or a name that is free; it is a file")
         if not (options.plot_only or options.compare):
             _train(options)
         _show_runs(options)
