@@ -1,0 +1,318 @@
+"""The way of an update through the stages of a device backend. CUDA and Triton differ in the stages alone.
+
+    prepare -> project -> lowrank_adam -> back_project_update          galore_update in four launches
+    prepare -> galore_update                                           the same in one pass, where the stages offer it
+    prepare -> scale_and_check -> lowrank_adam -> back_project_update  lowrank_update
+    prepare -> adam_update                                             adam8bit_update
+
+Nothing is read back from the device. What a launch has to know of another lies in the *control*: one row of
+``CONTROL_WORDS`` 32-bit words for each tensor, written by ``prepare``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.group import GroupUpdate, UpdateGroup
+from galore_kernels.ops.projection import long_short
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SIDE_CODES = {"right": 0, "left": 1}
+
+#: 32-bit words of a tensor's control row: the eight floats of AdamCoefficients in their order (csrc/core/adam.h), the
+#: skip flag (0 go on, 1 the gradient is not representable, 2 found_inf), the panels that have arrived, the number of
+#: the step being taken as two words, and four to round the row to 64 bytes.
+CONTROL_WORDS = 16
+
+#: Low-rank gradients and directions of a group are kept for as many tensors at a time as fit into this.
+WORKSPACE_BYTES = 256 * 2**20
+
+#: Columns of the table that point to data, which the kernels may load as vectors.
+_DATA_COLUMNS = 6
+
+#: What the kernels' vector loads need of every address, and of the bytes in a row.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N tensors of one shape as the kernels see them.
+
+    Attributes:
+        addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, step,
+            skipped, and the rounding seed (0 where there is none).
+        gradients: the gradients' addresses.
+        table: both as an int64 tensor (N, 10) on the device, the gradient last; None for a single tensor, whose row
+            travels with the launch.
+        shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
+        moments: elements of each moment.
+        aligned: whether every address and every row of weight, gradient and basis is a multiple of 16 bytes.
+    """
+
+    addresses: tuple[tuple[int, ...], ...]
+    gradients: tuple[int, ...]
+    table: Tensor | None
+    shape: tuple[int, int]
+    rank: int
+    side: str
+    moments: int
+    weight_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    basis_dtype: torch.dtype
+    eight_bit: bool
+    stochastic: bool
+    aligned: bool
+    device: torch.device
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """The batch in pieces of at most ``size`` tensors."""
+        for first in range(0, self.count, size):
+            part = slice(first, first + size)
+            table = None if self.table is None else self.table[part]
+            yield replace(self, addresses=self.addresses[part], gradients=self.gradients[part], table=table)
+
+    @property
+    def count(self) -> int:
+        """Number of tensors."""
+        return len(self.addresses)
+
+    def long_short(self) -> tuple[int, int]:
+        """(L, S) of the matrices."""
+        return long_short(self.shape, self.side)
+
+    def device_table(self) -> Tensor:
+        """The table, made where the batch has none."""
+        return device_table(self.addresses, self.gradients, self.device) if self.table is None else self.table
+
+
+class Stages(Protocol):
+    """What a device backend implements. Every method only enqueues work on the current stream of the device.
+
+    ``control`` is int32 (N, CONTROL_WORDS), ``lowrank`` float32 (N, elements), ``direction`` (N, elements) of float32
+    or of the basis' 16-bit dtype. A stage after ``prepare`` changes nothing of a tensor whose skip flag is set.
+    """
+
+    def prepare(self, batch: Batch, control: Tensor, options: AdamOptions, scale: float) -> None:
+        """Fills the control rows: the coefficients, the skip flag from ``found_inf``, the step's number."""
+
+    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
+        """lowrank = projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be."""
+
+    def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
+        """lowrank = source (N, elements) scaled and signed, and the skip flag. Both may be the same tensor."""
+
+    def lowrank_adam(self, batch: Batch, control: Tensor, lowrank: Tensor, direction: Tensor) -> None:
+        """Updates moments, ``step`` and ``skipped``; direction = Adam's direction. It may be ``lowrank`` itself."""
+
+    def back_project_update(self, batch: Batch, control: Tensor, direction: Tensor) -> None:
+        """The weights, from the (L, r) direction."""
+
+    def adam_update(self, batch: Batch, control: Tensor) -> None:
+        """Full rank: checks the gradients, then updates weights, moments, ``step`` and ``skipped``."""
+
+    def in_one_pass(self, batch: Batch) -> bool:
+        """Whether ``galore_update`` takes this batch, and is the faster way."""
+
+    def galore_update(self, batch: Batch, control: Tensor) -> None:
+        """project, lowrank_adam and back_project_update in one launch."""
+
+
+def device_table(addresses: Sequence[Sequence[int]], gradients: Sequence[int], device: torch.device) -> Tensor:
+    """The (N, 10) int64 tensor of addresses on ``device``, without waiting for the copy."""
+    rows = [[*row, gradient] for row, gradient in zip(addresses, gradients, strict=True)]
+    host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _row(param: Tensor, basis: Tensor | None, state: AdamState, seed: int | None) -> tuple[int, ...]:
+    tensors = (
+        param,
+        basis,
+        state.exp_avg,
+        state.exp_avg_sq,
+        state.exp_avg_absmax,
+        state.exp_avg_sq_absmax,
+        state.step,
+        state.skipped,
+    )
+    return (*map(_address, tensors), seed or 0)
+
+
+def make_batch(group: UpdateGroup, grads: Sequence[Tensor]) -> Batch:
+    """The batch of a group and its contiguous gradients."""
+    param, state, grad = group.params[0], group.states[0], grads[0]
+    seeds = group.rounding_seeds or (None,) * len(group.params)
+    bases = group.bases or (None,) * len(group.params)
+    basis = bases[0]
+    addresses = tuple(_row(*row) for row in zip(group.params, bases, group.states, seeds, strict=True))
+    gradients = tuple(g.data_ptr() for g in grads)
+    pitches = [t.shape[-1] * t.element_size() for t in (param, grad, basis) if t is not None and t.dim()]
+    data = [address for row in addresses for address in row[:_DATA_COLUMNS]]
+    return Batch(
+        addresses=addresses,
+        gradients=gradients,
+        table=device_table(addresses, gradients, param.device) if len(addresses) > 1 else None,
+        shape=(param.shape[0], param.shape[1]) if basis is not None else (param.numel(), 1),
+        rank=0 if basis is None else basis.shape[1],
+        side=group.side,
+        moments=state.exp_avg.numel(),
+        weight_dtype=param.dtype,
+        grad_dtype=grad.dtype,
+        basis_dtype=torch.float32 if basis is None else basis.dtype,
+        eight_bit=state.exp_avg_absmax is not None,
+        stochastic=group.rounding_seeds is not None,
+        aligned=not any(x % ALIGNMENT for x in (*pitches, *gradients, *data)),
+        device=param.device,
+    )
+
+
+class _Scratch:
+    """What the stages of one batch pass to one another."""
+
+    def __init__(self, batch: Batch, long_basis: Tensor | None) -> None:
+        shape = (batch.count, batch.moments)
+        long, _ = batch.long_short()
+        self.control = new_control(batch)
+        self.lowrank = torch.empty(shape, dtype=torch.float32, device=batch.device)
+        if long_basis is None:
+            self.projected = self.lowrank
+            self.direction = torch.empty(shape, dtype=batch.basis_dtype, device=batch.device)
+        else:
+            self.projected = torch.empty((1, long * batch.rank), dtype=torch.float32, device=batch.device)
+            self.direction = self.lowrank
+
+
+def new_control(batch: Batch) -> Tensor:
+    """Control rows, to be filled by ``Stages.prepare``."""
+    return torch.empty((batch.count, CONTROL_WORDS), dtype=torch.int32, device=batch.device)
+
+
+class Pipeline:
+    """The operations on tensors of a device, from a backend's stages."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+
+    def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
+        """Contract: ``galore_kernels.ops.adam8bit_update``."""
+        weight, grad = param.contiguous(), grad.contiguous()
+        group = UpdateGroup("adam8bit_update", (weight,), (state,), rounding_seeds=_seeds(options))
+        self.full_rank(make_batch(group, (grad,)), options)
+        _write_back(param, weight)
+
+    def galore_update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        state: AdamState,
+        options: AdamOptions,
+        side: str,
+        scale: float,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.galore_update``."""
+        weight, grad = param.contiguous(), grad.contiguous()
+        group = UpdateGroup("galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options))
+        self.projected(make_batch(group, (grad,)), options, scale, long_basis)
+        _write_back(param, weight)
+
+    def lowrank_update(
+        self,
+        param: Tensor,
+        lowrank_grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        state: AdamState,
+        options: AdamOptions,
+        side: str,
+        scale: float,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.lowrank_update``."""
+        weight, grad = param.contiguous(), lowrank_grad.contiguous()
+        group = UpdateGroup("lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options))
+        batch = make_batch(group, (grad,))
+        scratch = _Scratch(batch, long_basis)
+        self.stages.prepare(batch, scratch.control, options, scale)
+        self.stages.scale_and_check(grad.view(1, -1), scratch.control, scratch.lowrank)
+        self._from_lowrank(batch, scratch, long_basis)
+        _write_back(param, weight)
+
+    def group(self, group: UpdateGroup) -> GroupUpdate:
+        """The update of a group: see ``galore_kernels.ops.group``."""
+        return _PreparedGroup(self, group)
+
+    def full_rank(self, batch: Batch, options: AdamOptions) -> None:
+        """From gradient to weight at full rank."""
+        control = new_control(batch)
+        self.stages.prepare(batch, control, options, 1.0)
+        self.stages.adam_update(batch, control)
+
+    def projected(self, batch: Batch, options: AdamOptions, scale: float, long_basis: Tensor | None = None) -> None:
+        """From gradient to weight through the subspace: in one pass, or with R and U in scratch memory."""
+        if long_basis is None and self.stages.in_one_pass(batch):
+            control = new_control(batch)
+            self.stages.prepare(batch, control, options, scale)
+            self.stages.galore_update(batch, control)
+            return
+        bytes_each = batch.moments * (torch.float32.itemsize + batch.basis_dtype.itemsize)
+        for part in batch.parts(max(1, WORKSPACE_BYTES // max(1, bytes_each))):
+            scratch = _Scratch(part, long_basis)
+            self.stages.prepare(part, scratch.control, options, scale)
+            self.stages.project(part, scratch.control, scratch.projected, final=long_basis is None)
+            if long_basis is not None:
+                _multiply(long_basis.T, scratch.projected.view(-1, batch.rank), scratch.lowrank)
+                self.stages.scale_and_check(scratch.lowrank, scratch.control, scratch.lowrank)
+            self._from_lowrank(part, scratch, long_basis)
+
+    def _from_lowrank(self, batch: Batch, scratch: _Scratch, long_basis: Tensor | None) -> None:
+        direction = scratch.direction
+        if long_basis is not None:  # allocated before the moments change
+            direction = torch.empty((1, long_basis.shape[0] * batch.rank), dtype=torch.float32, device=batch.device)
+        self.stages.lowrank_adam(batch, scratch.control, scratch.lowrank, scratch.direction)
+        if long_basis is not None:
+            _multiply(long_basis, scratch.direction.view(-1, batch.rank), direction)
+            direction = direction.to(batch.basis_dtype)
+        self.stages.back_project_update(batch, scratch.control, direction)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    # In double: float32 products would be rounded to tf32 where the user allows it, and these are small.
+    out.copy_((a.double() @ b.double()).view(out.shape))
+
+
+def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
+    return None if options.rounding_seed is None else (options.rounding_seed,)
+
+
+def _write_back(param: Tensor, weight: Tensor) -> None:
+    if weight.data_ptr() != param.data_ptr():
+        param.copy_(weight)
+
+
+class _PreparedGroup:
+    """A group with its table of addresses, which is remade only when an address or the gradients' dtype changes."""
+
+    def __init__(self, pipeline: Pipeline, group: UpdateGroup) -> None:
+        self._pipeline, self._group = pipeline, group
+        self._batch: Batch | None = None
+
+    def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
+        batch = self._batch
+        gradients = tuple([grad.data_ptr() for grad in grads])
+        if batch is None or batch.gradients != gradients or batch.grad_dtype != grads[0].dtype:
+            batch = self._batch = make_batch(self._group, grads)
+        if self._group.operation == "adam8bit_update":
+            self._pipeline.full_rank(batch, options)
+        else:
+            self._pipeline.projected(batch, options, self._group.scale)

@@ -1,0 +1,46 @@
+"""Tensors of one shape and layout that are updated together: what lets one launch take a whole model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from galore_kernels.ops.adam import AdamOptions, AdamState
+
+
+@dataclass(frozen=True)
+class UpdateGroup:
+    """What the updates of N tensors share, and the tensors themselves. Checked by whoever makes it.
+
+    Attributes:
+        operation: "galore_update" or "adam8bit_update".
+        params: N weights, contiguous, of one shape, dtype and device.
+        states: Adam's state of each; all with 8-bit or all with float32 moments.
+        bases: the basis of each, contiguous, of one shape and dtype; empty at full rank.
+        side: "left" or "right"; of no meaning at full rank. scale: GaLore's alpha; 1 at full rank.
+        rounding_seeds: of each for stochastic rounding, or None for rounding to nearest.
+    """
+
+    operation: str
+    params: tuple[Tensor, ...]
+    states: tuple[AdamState, ...]
+    bases: tuple[Tensor, ...] = ()
+    side: str = "right"
+    scale: float = 1.0
+    rounding_seeds: tuple[int, ...] | None = None
+
+
+class GroupUpdate(Protocol):
+    """One step of all tensors of a group. Made once, called at every step; reads nothing back from the device."""
+
+    def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
+        """Updates every tensor of the group.
+
+        Args:
+            grads: the gradient of each parameter, in their order: its shape, contiguous, all of one dtype. Their
+                addresses may differ from step to step.
+            options: the scalars; ``rounding_seed`` is ignored, the group has one for each tensor.
+        """
