@@ -14,7 +14,7 @@
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 #if defined(GK_WITH_CUDA)
-#include "cuda/quantize_blockwise.h"
+#include "cuda/bindings.h"
 #endif
 
 namespace py = pybind11;
@@ -190,12 +190,6 @@ index_t workspace_bytes(index_t rows, index_t cols, index_t rank, int side, inde
     return selected_kernels().workspace_bytes(p.short_size(), p.rank, thread_count(threads));
 }
 
-#if defined(GK_WITH_CUDA)
-void check_cuda(const char* function, int error) {
-    if (error != 0) throw std::runtime_error(std::string(function) + ": CUDA error: " + gk_cuda_error_string(error));
-}
-#endif
-
 py::dict build_info() {
     py::list archs;
 #if defined(GK_WITH_CUDA)
@@ -252,29 +246,6 @@ PYBIND11_MODULE(_native, module) {
     module.def("build_info", build_info, "Instruction set in use, CUDA architectures built, compiler, version.");
 
 #if defined(GK_WITH_CUDA)
-    module.def(
-        "cuda_quantize_blockwise",
-        [](Address x, int dtype, index_t n, bool is_signed, Address codes, Address absmax, int device, Address stream) {
-            dtype_of("dtype", dtype);
-            at_least("n", n, 0);
-            const py::gil_scoped_release unlocked;
-            check_cuda(
-                "cuda_quantize_blockwise",
-                gk_cuda_quantize_blockwise(pointer<const void>(x), dtype, n, is_signed, pointer<std::uint8_t>(codes),
-                                           pointer<float>(absmax), device, pointer<void>(stream)));
-        },
-        "x"_a, "dtype"_a, "n"_a, "signed"_a, "codes"_a, "absmax"_a, "device"_a, "stream"_a,
-        "quantize_blockwise on the GPU, asynchronous on the stream.");
-    module.def(
-        "cuda_dequantize_blockwise",
-        [](Address codes, Address absmax, index_t n, bool is_signed, Address out, int device, Address stream) {
-            at_least("n", n, 0);
-            const py::gil_scoped_release unlocked;
-            check_cuda("cuda_dequantize_blockwise",
-                       gk_cuda_dequantize_blockwise(pointer<const std::uint8_t>(codes), pointer<const float>(absmax), n,
-                                                    is_signed, pointer<float>(out), device, pointer<void>(stream)));
-        },
-        "codes"_a, "absmax"_a, "n"_a, "signed"_a, "out"_a, "device"_a, "stream"_a,
-        "dequantize_blockwise on the GPU, asynchronous on the stream.");
+    bind_cuda(module);
 #endif
 }

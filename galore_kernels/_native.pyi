@@ -89,10 +89,66 @@ def back_project_update(
 ) -> None: ...
 def workspace_bytes(rows: int, cols: int, rank: int, side: int, threads: int) -> int: ...
 
-# These two exist only where the package was built with nvcc: build_info()["cuda_archs"] is not empty.
+# What follows exists only where the package was built with nvcc: build_info()["cuda_archs"] is not empty. Everything
+# is enqueued on `stream` of `device`; addresses are of that device's memory. galore_kernels/backends/pipeline.py has
+# the stages' contracts, the layout of a table's rows and of the control rows.
+class CudaBatch:
+    def __init__(
+        self,
+        table: int,
+        row: tuple[int, ...],
+        count: int,
+        rows: int,
+        cols: int,
+        moments: int,
+        rank: int,
+        side: int,
+        weight_dtype: int,
+        grad_dtype: int,
+        basis_dtype: int,
+        eight_bit: bool,
+        stochastic: bool,
+        aligned: bool,
+    ) -> None: ...
+
+def cuda_prepare(
+    batch: CudaBatch,
+    control: int,
+    lr: int,
+    lr_is_double: bool,
+    grad_scale: int,
+    grad_scale_is_double: bool,
+    found_inf: int,
+    found_inf_is_double: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    scale: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_project_splits(batch: CudaBatch, device: int) -> int: ...
+def cuda_project(
+    batch: CudaBatch, control: int, lowrank: int, final: bool, splits: int, partial: int, device: int, stream: int
+) -> None: ...
+def cuda_scale_and_check(
+    source: int, dtype: int, count: int, elements: int, control: int, lowrank: int, device: int, stream: int
+) -> None: ...
+def cuda_lowrank_adam(
+    batch: CudaBatch, control: int, lowrank: int, direction: int, direction_dtype: int, device: int, stream: int
+) -> None: ...
+def cuda_back_project_update(
+    batch: CudaBatch, control: int, direction: int, direction_dtype: int, device: int, stream: int
+) -> None: ...
+def cuda_adam_update(batch: CudaBatch, control: int, device: int, stream: int) -> None: ...
+def cuda_in_one_pass(batch: CudaBatch, device: int) -> bool: ...
+def cuda_galore_update(batch: CudaBatch, control: int, device: int, stream: int) -> None: ...
 def cuda_quantize_blockwise(
     x: int, dtype: int, n: int, signed: bool, codes: int, absmax: int, device: int, stream: int
 ) -> None: ...
 def cuda_dequantize_blockwise(
     codes: int, absmax: int, n: int, signed: bool, out: int, device: int, stream: int
 ) -> None: ...
+def cuda_launch_shapes() -> dict[str, tuple[int, int]]: ...

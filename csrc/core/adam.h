@@ -39,7 +39,7 @@ struct AdamCoefficients {
 };
 
 // scale: 1 for full rank, GaLore's alpha where x = U @ P.T. Double until the last rounding.
-static inline AdamCoefficients adam_coefficients(const AdamScalars& s, double scale) {
+GK_HOST_DEVICE AdamCoefficients adam_coefficients(const AdamScalars& s, double scale) {
     const double t = static_cast<double>(s.step + 1);
     const double correction1 = 1.0 - std::pow(s.beta1, t);
     const double correction2 = 1.0 - std::pow(s.beta2, t);

@@ -7,10 +7,11 @@
 // Static, so that no function of these headers has external linkage: kernels are compiled once per instruction
 // set, and the linker may keep any one copy of an inline function, also the one that needs AVX-512.
 #if defined(__CUDACC__)
-#define GK_HOST_DEVICE static __host__ __device__ __forceinline__
+#define GK_HOST_DEVICE_MEMBER __host__ __device__ __forceinline__
 #else
-#define GK_HOST_DEVICE [[gnu::always_inline]] static inline
+#define GK_HOST_DEVICE_MEMBER __attribute__((always_inline)) inline
 #endif
+#define GK_HOST_DEVICE static GK_HOST_DEVICE_MEMBER
 
 namespace gk {
 

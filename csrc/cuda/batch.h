@@ -1,0 +1,56 @@
+// What a launch is told: N tensors of one shape, and a control row for each of them. The Python side of both is
+// galore_kernels/backends/pipeline.py.
+#pragma once
+
+#include "core/adam.h"
+#include "core/platform.h"
+
+namespace gk::cuda {
+
+struct TensorRow {
+    void* param;
+    const void* basis;
+    void* m;
+    void* v;
+    float* m_absmax;
+    float* v_absmax;
+    float* step;
+    index_t* skipped;
+    std::uint64_t seed;
+    const void* grad;
+};
+static_assert(sizeof(TensorRow) == 10 * sizeof(std::int64_t), "a row of the table is ten int64");
+
+struct Batch {
+    const TensorRow* table;  // on the device; null: the one row travels with the launch
+    TensorRow single;
+    index_t count;
+    index_t rows, cols;  // at full rank: the elements, and 1
+    index_t moments;     // elements of each moment
+    int rank;            // 0 at full rank
+    Side side;
+    DType weight_dtype, grad_dtype, basis_dtype;
+    bool eight_bit;
+    bool stochastic;
+    bool aligned;  // every address and every row: a multiple of 16 bytes
+
+    GK_HOST_DEVICE_MEMBER index_t long_size() const { return side == Side::right ? rows : cols; }
+    GK_HOST_DEVICE_MEMBER index_t short_size() const { return side == Side::right ? cols : rows; }
+    // By value: a reference to a kernel's parameter would put all of it into local memory.
+    GK_HOST_DEVICE_MEMBER TensorRow row(index_t i) const { return table != nullptr ? table[i] : single; }
+};
+
+// Why a tensor is left alone. Bits, because projections of many blocks set the first.
+constexpr std::int32_t kSkipGradient = 1;  // not representable; counted
+constexpr std::int32_t kSkipFoundInf = 2;  // the caller's, who counts it
+
+struct Control {
+    AdamCoefficients coefficients;
+    std::int32_t skip;
+    std::uint32_t arrived;  // panels whose gradients have been looked at, and from bit 16 on those found wanting
+    std::uint64_t step;     // the number of the step being taken
+    std::uint32_t unused[4];
+};
+static_assert(sizeof(Control) == 64, "the pipeline allocates sixteen words for each tensor");
+
+}  // namespace gk::cuda

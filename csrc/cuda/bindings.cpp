@@ -1,0 +1,212 @@
+#include "cuda/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using gk::DType;
+using gk::index_t;
+using gk::cuda::Batch;
+using gk::cuda::Control;
+using gk::cuda::Queue;
+using gk::cuda::Scalar;
+using gk::cuda::TensorRow;
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Queue queue_of(int device, Address stream) { return Queue{device, reinterpret_cast<cudaStream_t>(stream)}; }
+
+DType dtype_of(const char* name, int code) {
+    if (code < 0 || code > 2) {
+        throw std::invalid_argument(std::string(name) + "=" + std::to_string(code) +
+                                    ": expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+    }
+    return static_cast<DType>(code);
+}
+
+void check(const char* stage, cudaError_t error) {
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string(stage) + ": CUDA error: " + cudaGetErrorString(error));
+    }
+}
+
+TensorRow row_of(const std::array<Address, 10>& a) {
+    return TensorRow{pointer<void>(a[0]),      pointer<const void>(a[1]), pointer<void>(a[2]),
+                     pointer<void>(a[3]),      pointer<float>(a[4]),      pointer<float>(a[5]),
+                     pointer<float>(a[6]),     pointer<index_t>(a[7]),    a[8],
+                     pointer<const void>(a[9])};
+}
+
+Batch make_batch(Address table, const std::array<Address, 10>& row, index_t count, index_t rows, index_t cols,
+                 index_t moments, int rank, int side, int weight_dtype, int grad_dtype, int basis_dtype, bool eight_bit,
+                 bool stochastic, bool aligned) {
+    if (side != 0 && side != 1) throw std::invalid_argument("side: expected 0 (right) or 1 (left)");
+    if (count < 1 || (count > 1 && table == 0)) throw std::invalid_argument("count: expected 1, or a table's rows");
+    if (rows < 0 || cols < 0 || moments < 0 || rank < 0) throw std::invalid_argument("a size is negative");
+    return Batch{pointer<const TensorRow>(table),
+                 row_of(row),
+                 count,
+                 rows,
+                 cols,
+                 moments,
+                 rank,
+                 static_cast<gk::Side>(side),
+                 dtype_of("weight_dtype", weight_dtype),
+                 dtype_of("grad_dtype", grad_dtype),
+                 dtype_of("basis_dtype", basis_dtype),
+                 eight_bit,
+                 stochastic,
+                 aligned};
+}
+
+// Calls a launcher without the interpreter's lock: a launch waits where the stream's queue is full.
+template <class Launch>
+void run(const char* stage, const Launch& launch) {
+    cudaError_t error;
+    {
+        const py::gil_scoped_release unlocked;
+        error = launch();
+    }
+    check(stage, error);
+}
+
+void bind_stages(py::module_& module) {
+    using namespace pybind11::literals;
+    namespace cuda = gk::cuda;
+    module.def(
+        "cuda_prepare",
+        [](const Batch& batch, Address control, Address lr, bool lr_is_double, Address grad_scale,
+           bool grad_scale_is_double, Address found_inf, bool found_inf_is_double, double beta1, double beta2,
+           double eps, double weight_decay, bool maximize, double scale, int device, Address stream) {
+            const cuda::StepScalars scalars{gk::AdamScalars{0.0, beta1, beta2, eps, weight_decay, 0, 1.0, maximize},
+                                            Scalar{pointer<const void>(lr), lr_is_double},
+                                            Scalar{pointer<const void>(grad_scale), grad_scale_is_double},
+                                            Scalar{pointer<const void>(found_inf), found_inf_is_double}, scale};
+            run("prepare",
+                [&] { return cuda::prepare(batch, scalars, pointer<Control>(control), queue_of(device, stream)); });
+        },
+        "batch"_a, "control"_a, "lr"_a, "lr_is_double"_a, "grad_scale"_a, "grad_scale_is_double"_a, "found_inf"_a,
+        "found_inf_is_double"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "maximize"_a, "scale"_a, "device"_a,
+        "stream"_a, "Fills the control rows. grad_scale, found_inf: 0 where there is none.");
+    module.def("cuda_project_splits", cuda::project_splits, "batch"_a, "device"_a,
+               "Parts that project() cuts the short dimension into; above 1 it needs partial sums.");
+    module.def(
+        "cuda_project",
+        [](const Batch& batch, Address control, Address lowrank, bool final, int splits, Address partial, int device,
+           Address stream) {
+            run("project", [&] {
+                return cuda::project(batch, pointer<Control>(control), pointer<float>(lowrank), final, splits,
+                                     pointer<float>(partial), queue_of(device, stream));
+            });
+        },
+        "batch"_a, "control"_a, "lowrank"_a, "final"_a, "splits"_a, "partial"_a, "device"_a, "stream"_a,
+        "lowrank (count, long * rank) fp32; final: scaled, signed and checked. partial (splits, count, long * rank).");
+    module.def(
+        "cuda_scale_and_check",
+        [](Address source, int dtype, index_t count, index_t elements, Address control, Address lowrank, int device,
+           Address stream) {
+            run("scale_and_check", [&] {
+                return cuda::scale_and_check(pointer<const void>(source), dtype_of("dtype", dtype), 1, count, elements,
+                                             true, pointer<Control>(control), pointer<float>(lowrank),
+                                             queue_of(device, stream));
+            });
+        },
+        "source"_a, "dtype"_a, "count"_a, "elements"_a, "control"_a, "lowrank"_a, "device"_a, "stream"_a,
+        "lowrank = source scaled and signed; sets the skip flags.");
+    module.def(
+        "cuda_lowrank_adam",
+        [](const Batch& batch, Address control, Address lowrank, Address direction, int direction_dtype, int device,
+           Address stream) {
+            run("lowrank_adam", [&] {
+                return cuda::lowrank_adam(batch, pointer<const Control>(control), pointer<const float>(lowrank),
+                                          pointer<void>(direction), dtype_of("direction_dtype", direction_dtype),
+                                          queue_of(device, stream));
+            });
+        },
+        "batch"_a, "control"_a, "lowrank"_a, "direction"_a, "direction_dtype"_a, "device"_a, "stream"_a,
+        "Moments, step and skipped; direction may be lowrank.");
+    module.def(
+        "cuda_back_project_update",
+        [](const Batch& batch, Address control, Address direction, int direction_dtype, int device, Address stream) {
+            run("back_project_update", [&] {
+                return cuda::back_project_update(batch, pointer<const Control>(control), pointer<const void>(direction),
+                                                 dtype_of("direction_dtype", direction_dtype),
+                                                 queue_of(device, stream));
+            });
+        },
+        "batch"_a, "control"_a, "direction"_a, "direction_dtype"_a, "device"_a, "stream"_a,
+        "The weights, from direction (count, long * rank).");
+    module.def(
+        "cuda_adam_update",
+        [](const Batch& batch, Address control, int device, Address stream) {
+            run("adam_update",
+                [&] { return cuda::adam_update(batch, pointer<Control>(control), queue_of(device, stream)); });
+        },
+        "batch"_a, "control"_a, "device"_a, "stream"_a, "Full rank: checks, then updates everything.");
+    module.def("cuda_in_one_pass", cuda::in_one_pass, "batch"_a, "device"_a,
+               "Whether cuda_galore_update takes the batch and fills the device with it.");
+    module.def(
+        "cuda_galore_update",
+        [](const Batch& batch, Address control, int device, Address stream) {
+            run("galore_update",
+                [&] { return cuda::galore_update(batch, pointer<Control>(control), queue_of(device, stream)); });
+        },
+        "batch"_a, "control"_a, "device"_a, "stream"_a, "The whole update in one pass.");
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+    using namespace pybind11::literals;
+    py::class_<Batch>(module, "CudaBatch", "Tensors of one shape; see galore_kernels/backends/pipeline.py.")
+        .def(py::init(&make_batch), "table"_a, "row"_a, "count"_a, "rows"_a, "cols"_a, "moments"_a, "rank"_a, "side"_a,
+             "weight_dtype"_a, "grad_dtype"_a, "basis_dtype"_a, "eight_bit"_a, "stochastic"_a, "aligned"_a);
+    bind_stages(module);
+    module.def(
+        "cuda_launch_shapes",
+        [] {
+            namespace cuda = gk::cuda;
+            py::dict shapes;
+            for (const cuda::LaunchShape* shape :
+                 {&cuda::kPrepareShape, &cuda::kProjectShape, &cuda::kScaleAndCheckShape, &cuda::kLowrankAdamShape,
+                  &cuda::kBackProjectUpdateShape, &cuda::kAdamUpdateShape, &cuda::kGaloreUpdateShape,
+                  &cuda::kQuantizeBlockwiseShape}) {
+                shapes[shape->stage] = py::make_tuple(shape->threads, shape->shared_bytes);
+            }
+            return shapes;
+        },
+        "Stage -> threads in a block, bytes of dynamic shared memory.");
+    module.def(
+        "cuda_quantize_blockwise",
+        [](Address x, int dtype, index_t n, bool is_signed, Address codes, Address absmax, int device, Address stream) {
+            run("quantize_blockwise", [&] {
+                return gk::cuda::quantize_blockwise(pointer<const void>(x), dtype_of("dtype", dtype), n, is_signed,
+                                                    pointer<std::uint8_t>(codes), pointer<float>(absmax),
+                                                    queue_of(device, stream));
+            });
+        },
+        "x"_a, "dtype"_a, "n"_a, "signed"_a, "codes"_a, "absmax"_a, "device"_a, "stream"_a,
+        "quantize_blockwise on the GPU, asynchronous on the stream.");
+    module.def(
+        "cuda_dequantize_blockwise",
+        [](Address codes, Address absmax, index_t n, bool is_signed, Address out, int device, Address stream) {
+            run("dequantize_blockwise", [&] {
+                return gk::cuda::dequantize_blockwise(pointer<const std::uint8_t>(codes), pointer<const float>(absmax),
+                                                      n, is_signed, pointer<float>(out), queue_of(device, stream));
+            });
+        },
+        "codes"_a, "absmax"_a, "n"_a, "signed"_a, "out"_a, "device"_a, "stream"_a,
+        "dequantize_blockwise on the GPU, asynchronous on the stream.");
+}

@@ -1,0 +1,64 @@
+// The launchers of the CUDA backend, one for each stage of galore_kernels/backends/pipeline.py. Each only enqueues
+// work on the queue's stream and returns what preparing and launching gave. Pointers are to memory of that device.
+#pragma once
+
+#include "cuda/batch.h"
+#include "cuda/launch.h"
+
+namespace gk::cuda {
+
+// What a stage's kernels are launched with, for those who count registers and shared memory.
+struct LaunchShape {
+    const char* stage;
+    int threads;
+    std::size_t shared_bytes;
+};
+
+extern const LaunchShape kPrepareShape, kProjectShape, kScaleAndCheckShape, kLowrankAdamShape, kBackProjectUpdateShape,
+    kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape;
+
+// A number on the device, null where there is none.
+struct Scalar {
+    const void* data;
+    bool is_double;
+};
+
+struct StepScalars {
+    AdamScalars adam;  // but for lr, step and inv_grad_scale, which are read on the device
+    Scalar lr, grad_scale, found_inf;
+    double scale;  // GaLore's alpha; 1 at full rank
+};
+
+cudaError_t prepare(const Batch& batch, const StepScalars& scalars, Control* control, const Queue& queue);
+
+// The kind of arithmetic for the product of two matrices: see tile.h.
+DType product_kind(DType a, DType b);
+
+// lowrank (count, long * rank) = the projected gradients. `final`: scaled, signed, and the skip flags set. With several
+// splits of the short dimension, partial (splits, count, long * rank) holds their sums in between.
+int project_splits(const Batch& batch, int device);
+cudaError_t project(const Batch& batch, Control* control, float* lowrank, bool final, int splits, float* partial,
+                    const Queue& queue);
+
+// lowrank = source (splits, count, elements) summed over the splits; `scaled`: scaled and signed, and the skip flags.
+cudaError_t scale_and_check(const void* source, DType dtype, int splits, index_t count, index_t elements, bool scaled,
+                            Control* control, float* lowrank, const Queue& queue);
+
+cudaError_t lowrank_adam(const Batch& batch, const Control* control, const float* lowrank, void* direction,
+                         DType direction_dtype, const Queue& queue);
+
+cudaError_t back_project_update(const Batch& batch, const Control* control, const void* direction,
+                                DType direction_dtype, const Queue& queue);
+
+cudaError_t adam_update(const Batch& batch, Control* control, const Queue& queue);
+
+// Whether galore_update takes the batch, and fills the device with it.
+bool in_one_pass(const Batch& batch, int device);
+cudaError_t galore_update(const Batch& batch, Control* control, const Queue& queue);
+
+cudaError_t quantize_blockwise(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes,
+                               float* absmax, const Queue& queue);
+cudaError_t dequantize_blockwise(const std::uint8_t* codes, const float* absmax, index_t n, bool is_signed, float* out,
+                                 const Queue& queue);
+
+}  // namespace gk::cuda

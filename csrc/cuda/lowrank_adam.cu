@@ -1,0 +1,87 @@
+// lowrank_adam: moments and direction of low-rank gradients, a warp to a quantization block. scale_and_check: what
+// makes a low-rank gradient of something else.
+#include "cuda/adam_block.h"
+#include "cuda/kernels.h"
+
+namespace gk::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kLanes;
+// Beyond this many thread blocks for a tensor each takes several rounds, which spares it loading its tables again.
+constexpr index_t kMaxBlocks = 1024;
+
+index_t blocks_for(index_t elements) {
+    const index_t blocks = divide_up(quant_blocks(elements), kWarps);
+    return blocks < 1 ? 1 : (blocks < kMaxBlocks ? blocks : kMaxBlocks);  // a tensor without elements counts its step
+}
+
+// direction may be lowrank itself: a lane writes what it has read.
+__global__ void __launch_bounds__(kThreads)
+    lowrank_adam_kernel(Batch batch, const Control* control, const float* lowrank, void* direction,
+                        DType direction_dtype, int blocks_each) {
+    const int tensor = static_cast<int>(blockIdx.x / blocks_each);
+    const int part = static_cast<int>(blockIdx.x % blocks_each);
+    const TensorRow row = batch.row(tensor);
+    const std::int32_t skip = control[tensor].skip;
+    if (part == 0 && threadIdx.x == 0) count_step(row, skip);
+    if (skip != 0) return;
+
+    auto* tables = reinterpret_cast<CodeTables*>(shared_memory());
+    load_code_tables(tables);
+    __syncthreads();
+    const AdamCoefficients c = control[tensor].coefficients;
+    const int lane = threadIdx.x % kLanes;
+    const index_t offset = tensor * batch.moments;
+    const bool vector = batch.aligned && batch.moments % kEight == 0;
+    for (index_t block = part * kWarps + threadIdx.x / kLanes; block < quant_blocks(batch.moments);
+         block += static_cast<index_t>(blocks_each) * kWarps) {
+        const index_t first = block * kQuantBlock + lane * kEight;
+        const index_t count = batch.moments - first;
+        float g[kEight], u[kEight];
+        load8(g, lowrank, offset + first, count, DType::float32, vector);
+        update_moments(u, g, row, batch, block, c, tables);
+        store8(direction, u, offset + first, count, direction_dtype, vector);
+    }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    scale_and_check_kernel(const void* source, DType dtype, int splits, index_t count, index_t elements, bool scaled,
+                           Control* control, float* lowrank, int blocks_each) {
+    const int tensor = static_cast<int>(blockIdx.x / blocks_each);
+    const int part = static_cast<int>(blockIdx.x % blocks_each);
+    const float scale = scaled ? control[tensor].coefficients.gradient_scale : 1.0f;
+    bool bad = false;
+    for (index_t i = static_cast<index_t>(part) * kThreads + threadIdx.x; i < elements;
+         i += static_cast<index_t>(blocks_each) * kThreads) {
+        float sum = 0.0f;
+        for (int split = 0; split < splits; ++split) {  // in order: bit-identical from run to run
+            sum += load_element(source, (split * count + tensor) * elements + i, dtype);
+        }
+        sum *= scale;
+        bad = bad || !gradient_is_representable(sum);
+        lowrank[tensor * elements + i] = sum;
+    }
+    if (__syncthreads_or(scaled && bad) && threadIdx.x == 0) atomicOr(&control[tensor].skip, kSkipGradient);
+}
+
+}  // namespace
+
+const LaunchShape kLowrankAdamShape{"lowrank_adam", kThreads, sizeof(CodeTables)};
+const LaunchShape kScaleAndCheckShape{"scale_and_check", kThreads, 0};
+
+cudaError_t lowrank_adam(const Batch& batch, const Control* control, const float* lowrank, void* direction,
+                         DType direction_dtype, const Queue& queue) {
+    const index_t blocks = blocks_for(batch.moments);
+    return launch(lowrank_adam_kernel, Grid{blocks * batch.count, kThreads, sizeof(CodeTables)}, queue, batch, control,
+                  lowrank, direction, direction_dtype, static_cast<int>(blocks));
+}
+
+cudaError_t scale_and_check(const void* source, DType dtype, int splits, index_t count, index_t elements, bool scaled,
+                            Control* control, float* lowrank, const Queue& queue) {
+    const index_t blocks = blocks_for(elements);
+    return launch(scale_and_check_kernel, Grid{blocks * count, kThreads}, queue, source, dtype, splits, count, elements,
+                  scaled, control, lowrank, static_cast<int>(blocks));
+}
+
+}  // namespace gk::cuda

@@ -1,0 +1,37 @@
+// prepare: what a step's launches share, from scalars that lie on the device. One thread for each tensor.
+#include "cuda/kernels.h"
+
+namespace gk::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+__device__ double read_scalar(const Scalar& scalar) {
+    return scalar.is_double ? *static_cast<const double*>(scalar.data)
+                            : static_cast<double>(*static_cast<const float*>(scalar.data));
+}
+
+__global__ void __launch_bounds__(kThreads) prepare_kernel(Batch batch, StepScalars scalars, Control* control) {
+    const index_t i = static_cast<index_t>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= batch.count) return;
+    const TensorRow row = batch.row(i);
+    AdamScalars adam = scalars.adam;
+    adam.lr = read_scalar(scalars.lr);
+    adam.step = static_cast<index_t>(*row.step);
+    adam.inv_grad_scale = scalars.grad_scale.data != nullptr ? 1.0 / read_scalar(scalars.grad_scale) : 1.0;
+    Control result{};
+    result.coefficients = adam_coefficients(adam, scalars.scale);
+    result.skip = scalars.found_inf.data != nullptr && read_scalar(scalars.found_inf) != 0.0 ? kSkipFoundInf : 0;
+    result.step = static_cast<std::uint64_t>(adam.step) + 1;
+    control[i] = result;
+}
+
+}  // namespace
+
+const LaunchShape kPrepareShape{"prepare", kThreads, 0};
+
+cudaError_t prepare(const Batch& batch, const StepScalars& scalars, Control* control, const Queue& queue) {
+    return launch(prepare_kernel, Grid{divide_up(batch.count, kThreads), kThreads}, queue, batch, scalars, control);
+}
+
+}  // namespace gk::cuda

@@ -1,0 +1,167 @@
+"""The CUDA backend: the kernels of ``csrc/cuda`` as the stages of ``galore_kernels.backends.pipeline``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_kernels import _native
+from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES, Batch, Pipeline
+from galore_kernels.ops.adam import AdamOptions
+from galore_kernels.ops.registry import Backend, register
+from galore_kernels.quantizers import block_count
+
+
+class CudaStages:
+    """``Stages`` of a compiled module.
+
+    Args:
+        native: the module: ``galore_kernels._native``, or in tests the same kernels compiled for the CPU.
+        device_type: "cuda", or what stands in for it.
+    """
+
+    def __init__(self, native: Any, device_type: str) -> None:
+        self._native, self.device_type = native, device_type
+
+    def _queue(self, device: torch.device) -> tuple[int, int]:
+        """Index of the device and the caller's current stream on it."""
+        if device.type != "cuda":
+            return 0, 0
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return index, torch.cuda.current_stream(index).cuda_stream
+
+    def _native_batch(self, batch: Batch) -> Any:
+        return self._native.CudaBatch(
+            0 if batch.table is None else batch.table.data_ptr(),
+            (*batch.addresses[0], batch.gradients[0]),
+            batch.count,
+            *batch.shape,
+            batch.moments,
+            batch.rank,
+            SIDE_CODES[batch.side],
+            DTYPE_CODES[batch.weight_dtype],
+            DTYPE_CODES[batch.grad_dtype],
+            DTYPE_CODES[batch.basis_dtype],
+            batch.eight_bit,
+            batch.stochastic,
+            batch.aligned,
+        )
+
+    def prepare(self, batch: Batch, control: Tensor, options: AdamOptions, scale: float) -> None:
+        self._native.cuda_prepare(
+            self._native_batch(batch),
+            control.data_ptr(),
+            *_scalar(options.lr),
+            *_scalar(options.grad_scale),
+            *_scalar(options.found_inf),
+            options.beta1,
+            options.beta2,
+            options.eps,
+            options.weight_decay,
+            options.maximize,
+            scale,
+            *self._queue(batch.device),
+        )
+
+    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
+        native, queue = self._native_batch(batch), self._queue(batch.device)
+        splits = self._native.cuda_project_splits(native, queue[0])
+        parts = torch.empty((splits, *lowrank.shape), dtype=lowrank.dtype, device=batch.device) if splits > 1 else None
+        self._native.cuda_project(
+            native,
+            control.data_ptr(),
+            lowrank.data_ptr(),
+            final,
+            splits,
+            parts.data_ptr() if parts is not None else 0,
+            *queue,
+        )
+
+    def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
+        count, elements = lowrank.shape
+        queue = self._queue(source.device)
+        self._native.cuda_scale_and_check(
+            *_typed(source), count, elements, control.data_ptr(), lowrank.data_ptr(), *queue
+        )
+
+    def lowrank_adam(self, batch: Batch, control: Tensor, lowrank: Tensor, direction: Tensor) -> None:
+        self._native.cuda_lowrank_adam(
+            self._native_batch(batch),
+            control.data_ptr(),
+            lowrank.data_ptr(),
+            *_typed(direction),
+            *self._queue(batch.device),
+        )
+
+    def back_project_update(self, batch: Batch, control: Tensor, direction: Tensor) -> None:
+        self._native.cuda_back_project_update(
+            self._native_batch(batch), control.data_ptr(), *_typed(direction), *self._queue(batch.device)
+        )
+
+    def adam_update(self, batch: Batch, control: Tensor) -> None:
+        self._native.cuda_adam_update(self._native_batch(batch), control.data_ptr(), *self._queue(batch.device))
+
+    def in_one_pass(self, batch: Batch) -> bool:
+        return bool(self._native.cuda_in_one_pass(self._native_batch(batch), self._queue(batch.device)[0]))
+
+    def galore_update(self, batch: Batch, control: Tensor) -> None:
+        self._native.cuda_galore_update(self._native_batch(batch), control.data_ptr(), *self._queue(batch.device))
+
+    def quantize_blockwise(self, x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+        codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        absmax = torch.empty(block_count(x.numel()), dtype=torch.float32, device=x.device)
+        queue = self._queue(x.device)
+        self._native.cuda_quantize_blockwise(*_typed(x), x.numel(), signed, codes.data_ptr(), absmax.data_ptr(), *queue)
+        return codes, absmax
+
+    def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+        values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        queue = self._queue(codes.device)
+        self._native.cuda_dequantize_blockwise(
+            codes.data_ptr(), absmax.data_ptr(), codes.numel(), signed, values.data_ptr(), *queue
+        )
+        return values
+
+
+def _typed(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
+
+
+def _scalar(scalar: Tensor | None) -> tuple[int, bool]:
+    return (0, False) if scalar is None else (scalar.data_ptr(), scalar.dtype == torch.float64)
+
+
+def make_backend(native: Any, device_type: str) -> Backend:
+    """The backend named "cuda" on the kernels of ``native``, for tensors on devices of that type."""
+    stages = CudaStages(native, device_type)
+    pipeline = Pipeline(stages)
+
+    def refuses(device: torch.device) -> str | None:
+        return None if device.type == device_type else f"it serves {device_type} tensors only, not {device}"
+
+    def describe() -> dict[str, Any]:
+        return {
+            "architectures": native.build_info()["cuda_archs"],
+            "galore_update": "one launch: 16-bit tensors of one dtype, rank <= 128 and a multiple of 8, 16-byte "
+            "aligned rows, enough panels to fill the device; else four launches (five where the short side is split)",
+        }
+
+    return Backend(
+        name="cuda",
+        kernels={
+            "quantize_blockwise": stages.quantize_blockwise,
+            "dequantize_blockwise": stages.dequantize_blockwise,
+            "adam8bit_update": pipeline.adam8bit_update,
+            "galore_update": pipeline.galore_update,
+            "lowrank_update": pipeline.lowrank_update,
+        },
+        refuses=refuses,
+        describe=describe,
+        group=pipeline.group,
+    )
+
+
+if _native.build_info()["cuda_archs"]:  # else this build has no such backend
+    register(make_backend(_native, "cuda"))
