@@ -8,11 +8,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from stand_ins import standing_in
 from update_cases import CPU_BACKENDS
 
 # The same examples in every run, no time limit per example (a shared CI core may pause at any moment), no files.
 settings.register_profile("galore_kernels", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("galore_kernels")
+
+
+@pytest.fixture
+def cuda_stand_in() -> Iterator[str]:
+    """The name "cuda", under which the CUDA kernels serve CPU tensors during the test."""
+    with standing_in("cuda"):
+        yield "cuda"
 
 
 @pytest.fixture(params=CPU_BACKENDS)

@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
         multiply_tiles<kind, Rows, Rows, O::kDepth / 16>(products, stage, stage + kOperandBytes, row0, column0);
     }
 
-    wait_copies<0>();
     __syncthreads();
     float* change = reinterpret_cast<float*>(shared_memory());
     store_products(change, products, row0, column0);

@@ -170,7 +170,9 @@ void bind_stages(py::module_& module) {
 
 void bind_cuda(py::module_& module) {
     using namespace pybind11::literals;
-    py::class_<Batch>(module, "CudaBatch", "Tensors of one shape; see galore_kernels/backends/pipeline.py.")
+    // Local: the tests load the kernels a second time, compiled for the CPU.
+    py::class_<Batch>(module, "CudaBatch", py::module_local(),
+                      "Tensors of one shape; see galore_kernels/backends/pipeline.py.")
         .def(py::init(&make_batch), "table"_a, "row"_a, "count"_a, "rows"_a, "cols"_a, "moments"_a, "rank"_a, "side"_a,
              "weight_dtype"_a, "grad_dtype"_a, "basis_dtype"_a, "eight_bit"_a, "stochastic"_a, "aligned"_a);
     bind_stages(module);

@@ -92,11 +92,10 @@ __device__ __forceinline__ void project_panel(const Panel<kind, side>& panel, Ac
         multiply_tiles<kind, First, Layout<true, kDirectionChunks>, kShortTile / 16>(sums, stage, stage + kOperandBytes,
                                                                                      panel.warp / 4 * 64, column0);
     }
-    wait_copies<0>();
-    __syncthreads();
 }
 
-// Scales R; waits for the matrix's other panels; whether the matrix is to be skipped.
+// Scales R; waits for the matrix's other panels; whether the matrix is to be skipped. Its barriers also end the
+// projection: shared memory is free.
 __device__ __forceinline__ bool agree_to_skip(Accumulators<4, 4>& sums, Control* control, std::uint32_t panels) {
     const float scale = control->coefficients.gradient_scale;
     bool bad = false;
@@ -279,7 +278,6 @@ __device__ __forceinline__ void update_panel_weights(const Panel<kind, side>& pa
         }
         __syncthreads();  // the stage is free
     }
-    wait_copies<0>();
 }
 
 template <DType kind, Side side>
@@ -298,11 +296,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) galore_update_kernel(Batch ba
         if (index == 0 && threadIdx.x == 0) count_step(panel.row(), skip ? kSkipGradient : 0);
         if (skip) continue;
         store_lowrank(panel, sums);
-        __syncthreads();
         update_half_moments(panel, own, 0);
         update_half_moments(panel, own, 1);
         update_panel_weights(panel, own);
-        __syncthreads();
     }
 }
 

@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
     float* own_out = out + (split * batch.count + tensor) * (long_size * batch.rank);
     const bool vector = batch.aligned && batch.rank % kEight == 0;
     bool bad = false;
-    wait_copies<0>();
-    __syncthreads();
+    __syncthreads();  // the last tile has been read: its place is free
     float* products = reinterpret_cast<float*>(shared_memory());
     store_products(products, sums, row0, column0);
     __syncthreads();
