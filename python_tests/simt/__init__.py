@@ -2,7 +2,8 @@
 
 ``load()`` gives them as a module, with the functions that ``galore_kernels._native`` has for CUDA. Of a device the
 emulation has threads, barriers, shuffles, shared memory, asynchronous copies, ``ldmatrix``, ``mma.sync`` and
-cooperative launches (``include/execution.h``); not its memory model, its rounding inside a product of matrices, or its speed.
+cooperative launches (``include/execution.h``); not its memory model, its speed, or its rounding inside a product of
+matrices.
 """
 
 from __future__ import annotations
