@@ -136,11 +136,12 @@ def _row_json(row: Row, limits: Limits) -> dict[str, Any]:
         "shapes": [list(s) for s in case.shapes],
         "rank": case.rank,
         "dtype": dtype_name(case.dtype),
-        "results": [_result_json(result, row, limits) for result in row.results],
+        "results": [result_json(result, row, limits) for result in row.results],
     }
 
 
-def _result_json(result: Result, row: Row, limits: Limits) -> dict[str, Any]:
+def result_json(result: Result, row: Row, limits: Limits) -> dict[str, Any]:
+    """What the JSON holds of one implementation in one row."""
     facts: dict[str, Any] = {
         "name": result.name,
         "family": result.family,

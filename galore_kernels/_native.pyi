@@ -3,6 +3,7 @@
 dtype codes: 0 float32, 1 bfloat16, 2 float16. side: 0 right, 1 left. An absmax address of 0 means fp32 moments.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 # Keys: "compiler" (str), "cuda_archs" (list[str]), "isa" (str), "version" (str).
@@ -111,6 +112,9 @@ class CudaBatch:
         aligned: bool,
     ) -> None: ...
 
+def cuda_write_column(
+    table: int, columns: int, column: int, values: Sequence[int], device: int, stream: int
+) -> None: ...
 def cuda_prepare(
     batch: CudaBatch,
     control: int,

@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
-from stand_ins import standing_in
-from update_cases import CPU_BACKENDS
+from stand_ins import DEVICE_BACKENDS, serving
+from update_cases import BACKENDS
 
 # The same examples in every run, no time limit per example (a shared CI core may pause at any moment), no files.
+# Before Triton is first imported: its kernels serve CPU tensors in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("galore_kernels", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("galore_kernels")
+
+#: The modules with the operations' own tests.
+OPERATIONS = {"test_adam8bit_update", "test_galore_update", "test_ops_library", "test_quantize_blockwise"}
 
 
 @pytest.fixture
 def cuda_stand_in() -> Iterator[str]:
     """The name "cuda", under which the CUDA kernels serve CPU tensors during the test."""
-    with standing_in("cuda"):
-        yield "cuda"
+    with serving("cuda") as name:
+        yield name
 
 
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that serves CPU tensors, in turn."""
-    return str(request.param)
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each of the test's backends in turn, which serves CPU tensors during the test whatever it is."""
+    with serving(request.param) as name:
+        yield name
 
 
-@pytest.fixture(params=[name for name in CPU_BACKENDS if name != "reference"])
-def fast_backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that is compared with the reference."""
-    return str(request.param)
+@pytest.fixture
+def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each of them that is compared with the reference."""
+    with serving(request.param) as name:
+        yield name
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Operations are tested on every backend, what is built on them on those that are made for the CPU."""
+    of_operations = metafunc.module.__name__ in OPERATIONS
+    names = [name for name in BACKENDS if of_operations or name not in DEVICE_BACKENDS]
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", names, indirect=True)
+    if "fast_backend" in metafunc.fixturenames:
+        fast = [name for name in names if name != "reference"]
+        metafunc.parametrize("fast_backend", fast, indirect=True)
 
 
 @pytest.fixture(autouse=True)

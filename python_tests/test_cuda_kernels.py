@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -10,15 +11,18 @@ import pytest
 import simt
 import torch
 from simt_backend import simt_pipeline
+from stand_ins import serving
 from test_galore_update import SIDES, Problem, check_against_float64, make_problem
 from torch import Tensor
 from update_cases import assert_same_bits, assert_same_state, clone, options, warm_state
 
+from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
 from galore_kernels.backends import pipeline as pipeline_module
 from galore_kernels.backends.cuda import CudaStages
 from galore_kernels.backends.pipeline import Pipeline, make_batch
-from galore_kernels.ops import AdamState
+from galore_kernels.ops import AdamState, registry
 from galore_kernels.ops.group import UpdateGroup
+from galore_kernels.optim.state import adam_state
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -57,7 +61,8 @@ def group_of(problems: list[Problem], seeds: tuple[int, ...] | None = None) -> U
 
 
 def takes_one_pass(pipeline: Pipeline, problems: list[Problem]) -> bool:
-    return pipeline.stages.in_one_pass(make_batch(group_of(problems), [p.grad for p in problems]))
+    batch = make_batch(group_of(problems), [p.grad for p in problems])
+    return pipeline.stages.in_one_pass(pipeline.tabled(batch))
 
 
 def solved(pipeline: Pipeline, p: Problem) -> tuple[Tensor, AdamState]:
@@ -95,8 +100,9 @@ def test_one_pass_follows_the_paper_and_equals_four_launches_to_the_bit(
 
 
 def test_what_does_not_go_in_one_pass(pipeline: Pipeline) -> None:
-    def one_pass(long: int, short: int, rank: int, dtype: torch.dtype = BF16, **changes: Tensor) -> bool:
-        return takes_one_pass(pipeline, [replace(oriented(long, short, rank, "right", dtype), **changes)])
+    def one_pass(long: int, short: int, rank: int, dtype: torch.dtype = BF16, grad: Tensor | None = None) -> bool:
+        p = oriented(long, short, rank, "right", dtype)
+        return takes_one_pass(pipeline, [p if grad is None else replace(p, grad=grad)])
 
     assert one_pass(512, 64, 8)
     assert not one_pass(513, 64, 8)  # five panels, four blocks: the fifth would never come
@@ -187,6 +193,38 @@ def test_a_full_rank_group_is_its_tensors(pipeline: Pipeline) -> None:
         assert_same_bits(group.params[i], params[i], f"param {i}")
         assert_same_state(group.states[i], states[i])
     assert [int(state.skipped) for state in group.states] == [0, 0, 1]
+
+
+# --- the optimizer on them
+
+
+@pytest.mark.parametrize("cls", [GaLoreFusedAdam8bit, GaLoreFusedAdamW])
+def test_the_optimizer_takes_the_same_steps_in_groups_as_one_by_one(
+    cls: type[GaLoreFusedAdam8bit] | type[GaLoreFusedAdamW],
+) -> None:
+    # Four matrices of two shapes, one of which goes in one pass, and two vectors; a refresh at the steps 0 and 4.
+    shapes = [(256, 64), (256, 64), (64, 72), (64, 72), (300,), (300,)]
+    runs = []
+    for grouped in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in shapes]
+        with serving("cuda"):
+            if not grouped:
+                registry.register(replace(registry._backends["cuda"], group=None))
+            optimizer = cls(params, lr=0.01, rank=16, update_proj_gap=4, weight_decay=0.1, backend="cuda")
+            for step in range(7):
+                for param in params:
+                    param.grad = torch.randn_like(param)
+                if step == 5:
+                    params[1].grad = torch.full_like(params[1], float("nan"))
+                with pytest.warns(NonFiniteGradientWarning) if step == 5 else contextlib.nullcontext():
+                    optimizer.step()
+        runs.append((params, [optimizer.state[param] for param in params]))
+    (params, states), (expected_params, expected_states) = runs
+    for i, (got, expected) in enumerate(zip(params, expected_params, strict=True)):
+        assert_same_bits(got, expected, f"param {i}")
+        assert_same_state(adam_state(states[i]), adam_state(expected_states[i]))
+    assert int(states[1]["skipped"]) == 1
 
 
 # --- one matrix that has to fill the device

@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/kernels.h"
 
@@ -85,6 +86,16 @@ void run(const char* stage, const Launch& launch) {
 void bind_stages(py::module_& module) {
     using namespace pybind11::literals;
     namespace cuda = gk::cuda;
+    module.def(
+        "cuda_write_column",
+        [](Address table, index_t columns, index_t column, const std::vector<std::uint64_t>& values, int device,
+           Address stream) {
+            run("write_column", [&] {
+                return cuda::write_column(pointer<std::uint64_t>(table), columns, column, values.data(),
+                                          static_cast<index_t>(values.size()), queue_of(device, stream));
+            });
+        },
+        "table"_a, "columns"_a, "column"_a, "values"_a, "device"_a, "stream"_a, "table[:, column] = values.");
     module.def(
         "cuda_prepare",
         [](const Batch& batch, Address control, Address lr, bool lr_is_double, Address grad_scale,
@@ -182,9 +193,9 @@ void bind_cuda(py::module_& module) {
             namespace cuda = gk::cuda;
             py::dict shapes;
             for (const cuda::LaunchShape* shape :
-                 {&cuda::kPrepareShape, &cuda::kProjectShape, &cuda::kScaleAndCheckShape, &cuda::kLowrankAdamShape,
-                  &cuda::kBackProjectUpdateShape, &cuda::kAdamUpdateShape, &cuda::kGaloreUpdateShape,
-                  &cuda::kQuantizeBlockwiseShape}) {
+                 {&cuda::kWriteColumnShape, &cuda::kPrepareShape, &cuda::kProjectShape, &cuda::kScaleAndCheckShape,
+                  &cuda::kLowrankAdamShape, &cuda::kBackProjectUpdateShape, &cuda::kAdamUpdateShape,
+                  &cuda::kGaloreUpdateShape, &cuda::kQuantizeBlockwiseShape}) {
                 shapes[shape->stage] = py::make_tuple(shape->threads, shape->shared_bytes);
             }
             return shapes;

@@ -14,8 +14,8 @@ struct LaunchShape {
     std::size_t shared_bytes;
 };
 
-extern const LaunchShape kPrepareShape, kProjectShape, kScaleAndCheckShape, kLowrankAdamShape, kBackProjectUpdateShape,
-    kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape;
+extern const LaunchShape kWriteColumnShape, kPrepareShape, kProjectShape, kScaleAndCheckShape, kLowrankAdamShape,
+    kBackProjectUpdateShape, kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape;
 
 // A number on the device, null where there is none.
 struct Scalar {
@@ -28,6 +28,11 @@ struct StepScalars {
     Scalar lr, grad_scale, found_inf;
     double scale;  // GaLore's alpha; 1 at full rank
 };
+
+// table[:, column] = values, of a row-major table. The values travel with the launches: no host memory has to outlive
+// them, and a graph that captures them holds them.
+cudaError_t write_column(std::uint64_t* table, index_t columns, index_t column, const std::uint64_t* values,
+                         index_t count, const Queue& queue);
 
 cudaError_t prepare(const Batch& batch, const StepScalars& scalars, Control* control, const Queue& queue);
 

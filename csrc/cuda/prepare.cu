@@ -1,10 +1,24 @@
-// prepare: what a step's launches share, from scalars that lie on the device. One thread for each tensor.
+// write_column: the addresses of a batch's tensors. prepare: what a step's launches share, from scalars that lie on the
+// device. One thread for each tensor.
+#include <algorithm>
+
 #include "cuda/kernels.h"
 
 namespace gk::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+
+// As many as a kernel's parameters have room for (4 KB on every architecture and driver), with the others beside them.
+constexpr int kValuesInLaunch = 480;
+struct Values {
+    std::uint64_t value[kValuesInLaunch];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    write_column_kernel(std::uint64_t* first, index_t columns, int count, Values values) {
+    for (int i = threadIdx.x; i < count; i += kThreads) first[i * columns] = values.value[i];
+}
 
 __device__ double read_scalar(const Scalar& scalar) {
     return scalar.is_double ? *static_cast<const double*>(scalar.data)
@@ -28,7 +42,21 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(Batch batch, StepScal
 
 }  // namespace
 
+const LaunchShape kWriteColumnShape{"write_column", kThreads, 0};
 const LaunchShape kPrepareShape{"prepare", kThreads, 0};
+
+cudaError_t write_column(std::uint64_t* table, index_t columns, index_t column, const std::uint64_t* values,
+                         index_t count, const Queue& queue) {
+    for (index_t done = 0; done < count; done += kValuesInLaunch) {
+        const int now = static_cast<int>(count - done < kValuesInLaunch ? count - done : kValuesInLaunch);
+        Values some{};
+        std::copy_n(values + done, now, some.value);
+        const cudaError_t error =
+            launch(write_column_kernel, Grid{1, kThreads}, queue, table + done * columns + column, columns, now, some);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
 
 cudaError_t prepare(const Batch& batch, const StepScalars& scalars, Control* control, const Queue& queue) {
     return launch(prepare_kernel, Grid{divide_up(batch.count, kThreads), kThreads}, queue, batch, scalars, control);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ class CudaStages:
             batch.stochastic,
             batch.aligned,
         )
+
+    def write_column(self, table: Tensor, column: int, values: Sequence[int]) -> None:
+        self._native.cuda_write_column(table.data_ptr(), table.shape[1], column, values, *self._queue(table.device))
 
     def prepare(self, batch: Batch, control: Tensor, options: AdamOptions, scale: float) -> None:
         self._native.cuda_prepare(
@@ -142,7 +146,9 @@ def make_backend(native: Any, device_type: str) -> Backend:
         return None if device.type == device_type else f"it serves {device_type} tensors only, not {device}"
 
     def describe() -> dict[str, Any]:
+        no_device = device_type == "cuda" and not torch.cuda.is_available()
         return {
+            **({"available": False, "reason": "torch sees no CUDA device"} if no_device else {}),
             "architectures": native.build_info()["cuda_archs"],
             "galore_update": "one launch: 16-bit tensors of one dtype, rank <= 128 and a multiple of 8, 16-byte "
             "aligned rows, enough panels to fill the device; else four launches (five where the short side is split)",

@@ -33,7 +33,10 @@ CONTROL_WORDS = 16
 #: Low-rank gradients and directions of a group are kept for as many tensors at a time as fit into this.
 WORKSPACE_BYTES = 256 * 2**20
 
-#: Columns of the table that point to data, which the kernels may load as vectors.
+#: Columns of a table of addresses; the gradients' is the last.
+TABLE_COLUMNS = 10
+
+#: Columns that point to data, which the kernels may load as vectors.
 _DATA_COLUMNS = 6
 
 #: What the kernels' vector loads need of every address, and of the bytes in a row.
@@ -48,8 +51,8 @@ class Batch:
         addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, step,
             skipped, and the rounding seed (0 where there is none).
         gradients: the gradients' addresses.
-        table: both as an int64 tensor (N, 10) on the device, the gradient last; None for a single tensor, whose row
-            travels with the launch.
+        table: both as an int64 tensor (N, TABLE_COLUMNS) on the device; None for a single tensor, whose row travels
+            with the launch.
         shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
         moments: elements of each moment.
         aligned: whether every address and every row of weight, gradient and basis is a multiple of 16 bytes.
@@ -86,10 +89,6 @@ class Batch:
         """(L, S) of the matrices."""
         return long_short(self.shape, self.side)
 
-    def device_table(self) -> Tensor:
-        """The table, made where the batch has none."""
-        return device_table(self.addresses, self.gradients, self.device) if self.table is None else self.table
-
 
 class Stages(Protocol):
     """What a device backend implements. Every method only enqueues work on the current stream of the device.
@@ -97,6 +96,9 @@ class Stages(Protocol):
     ``control`` is int32 (N, CONTROL_WORDS), ``lowrank`` float32 (N, elements), ``direction`` (N, elements) of float32
     or of the basis' 16-bit dtype. A stage after ``prepare`` changes nothing of a tensor whose skip flag is set.
     """
+
+    def write_column(self, table: Tensor, column: int, values: Sequence[int]) -> None:
+        """table[:, column] = values, from the host, which does not wait; a CUDA graph can hold it."""
 
     def prepare(self, batch: Batch, control: Tensor, options: AdamOptions, scale: float) -> None:
         """Fills the control rows: the coefficients, the skip flag from ``found_inf``, the step's number."""
@@ -123,13 +125,6 @@ class Stages(Protocol):
         """project, lowrank_adam and back_project_update in one launch."""
 
 
-def device_table(addresses: Sequence[Sequence[int]], gradients: Sequence[int], device: torch.device) -> Tensor:
-    """The (N, 10) int64 tensor of addresses on ``device``, without waiting for the copy."""
-    rows = [[*row, gradient] for row, gradient in zip(addresses, gradients, strict=True)]
-    host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -149,19 +144,19 @@ def _row(param: Tensor, basis: Tensor | None, state: AdamState, seed: int | None
 
 
 def make_batch(group: UpdateGroup, grads: Sequence[Tensor]) -> Batch:
-    """The batch of a group and its contiguous gradients."""
+    """The batch of a group and its contiguous gradients, without a table."""
     param, state, grad = group.params[0], group.states[0], grads[0]
     seeds = group.rounding_seeds or (None,) * len(group.params)
     bases = group.bases or (None,) * len(group.params)
     basis = bases[0]
     addresses = tuple(_row(*row) for row in zip(group.params, bases, group.states, seeds, strict=True))
     gradients = tuple(g.data_ptr() for g in grads)
-    pitches = [t.shape[-1] * t.element_size() for t in (param, grad, basis) if t is not None and t.dim()]
+    pitches = [] if basis is None else [t.shape[1] * t.element_size() for t in (param, grad, basis)]
     data = [address for row in addresses for address in row[:_DATA_COLUMNS]]
     return Batch(
         addresses=addresses,
         gradients=gradients,
-        table=device_table(addresses, gradients, param.device) if len(addresses) > 1 else None,
+        table=None,
         shape=(param.shape[0], param.shape[1]) if basis is not None else (param.numel(), 1),
         rank=0 if basis is None else basis.shape[1],
         side=group.side,
@@ -252,6 +247,14 @@ class Pipeline:
         """The update of a group: see ``galore_kernels.ops.group``."""
         return _PreparedGroup(self, group)
 
+    def tabled(self, batch: Batch) -> Batch:
+        """``batch`` with a table of its own."""
+        table = torch.empty((batch.count, TABLE_COLUMNS), dtype=torch.int64, device=batch.device)
+        for column, values in enumerate(zip(*batch.addresses, strict=True)):
+            self.stages.write_column(table, column, values)
+        self.stages.write_column(table, TABLE_COLUMNS - 1, batch.gradients)
+        return replace(batch, table=table)
+
     def full_rank(self, batch: Batch, options: AdamOptions) -> None:
         """From gradient to weight at full rank."""
         control = new_control(batch)
@@ -301,18 +304,24 @@ def _write_back(param: Tensor, weight: Tensor) -> None:
 
 
 class _PreparedGroup:
-    """A group with its table of addresses, which is remade only when an address or the gradients' dtype changes."""
+    """A group with its table, of which only the gradients' column is written again when their addresses change."""
 
     def __init__(self, pipeline: Pipeline, group: UpdateGroup) -> None:
         self._pipeline, self._group = pipeline, group
         self._batch: Batch | None = None
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
-        batch = self._batch
-        gradients = tuple([grad.data_ptr() for grad in grads])
-        if batch is None or batch.gradients != gradients or batch.grad_dtype != grads[0].dtype:
-            batch = self._batch = make_batch(self._group, grads)
+        batch = self._batch = self._current(grads)
         if self._group.operation == "adam8bit_update":
             self._pipeline.full_rank(batch, options)
         else:
             self._pipeline.projected(batch, options, self._group.scale)
+
+    def _current(self, grads: Sequence[Tensor]) -> Batch:
+        batch, gradients = self._batch, tuple([grad.data_ptr() for grad in grads])
+        if batch is None or batch.table is None or batch.grad_dtype != grads[0].dtype:
+            return self._pipeline.tabled(make_batch(self._group, grads))
+        if batch.gradients == gradients:
+            return batch
+        self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, gradients)
+        return replace(make_batch(self._group, grads), table=batch.table)

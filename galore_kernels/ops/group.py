@@ -37,7 +37,7 @@ class GroupUpdate(Protocol):
     """One step of all tensors of a group. Made once, called at every step; reads nothing back from the device."""
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
-        """Updates every tensor of the group.
+        """Updates every tensor of the group. Raises only before the first of them has been changed.
 
         Args:
             grads: the gradient of each parameter, in their order: its shape, contiguous, all of one dtype. Their

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from galore_kernels.ops.group import GroupUpdate, UpdateGroup
+
 #: The order in which ``backend="auto"`` asks.
 AUTO_ORDER = ("cuda", "triton", "cpu", "reference")
 
@@ -21,12 +23,14 @@ class Backend:
         kernels: operation name -> callable with the signature that the operation's contract documents.
         refuses: device -> the reason why this backend can't serve tensors there, or None if it can.
         describe: what ``backend_info()`` tells of it (plain data).
+        group: makes the update of a group of tensors (``galore_kernels.ops.group``), or None if it takes them singly.
     """
 
     name: str
     kernels: Mapping[str, Callable[..., Any]]
     refuses: Callable[[torch.device], str | None]
     describe: Callable[[], dict[str, Any]]
+    group: Callable[[UpdateGroup], GroupUpdate] | None = None
 
 
 _backends: dict[str, Backend] = {}

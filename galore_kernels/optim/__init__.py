@@ -1,7 +1,7 @@
 """The optimizers."""
 
-from galore_kernels.optim.base import NonFiniteGradientWarning
 from galore_kernels.optim.galore import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim.param_groups import galore_param_groups
+from galore_kernels.optim.step import NonFiniteGradientWarning
 
 __all__ = ["GaLoreFusedAdam8bit", "GaLoreFusedAdamW", "NonFiniteGradientWarning", "galore_param_groups"]

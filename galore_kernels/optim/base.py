@@ -1,35 +1,23 @@
-"""The optimizer behind ``GaLoreFusedAdam8bit`` and ``GaLoreFusedAdamW``: groups, step, persistence."""
+"""The optimizer behind ``GaLoreFusedAdam8bit`` and ``GaLoreFusedAdamW``: groups, what it holds, persistence."""
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
-from galore_kernels.optim.options import check_group, check_param, check_scheduled, matrix_shape
-from galore_kernels.optim.state import Layout, adam_state, describe_group, tensor_bytes
-from galore_kernels.optim.update import Update, refreshed
+from galore_kernels.optim.options import check_group, check_param
+from galore_kernels.optim.state import describe_group, tensor_bytes
+from galore_kernels.optim.step import SteppingOptimizer
 
 
-class NonFiniteGradientWarning(UserWarning):
-    """A tensor's step was skipped because its gradient is NaN, infinite or too large to have a second moment."""
-
-
-class GaLoreAdam(Optimizer):
+class GaLoreAdam(SteppingOptimizer):
     """Adam in the gradient's low-rank subspace: what both public optimizers are, but for the format of the moments."""
-
-    _eight_bit: ClassVar[bool]
-
-    # torch.amp.GradScaler then passes grad_scale and found_inf instead of unscaling and skipping itself.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -73,8 +61,7 @@ class GaLoreAdam(Optimizer):
         self._backend = backend
         # Given groups of which some carry a rank, exactly those are projected.
         self._ranks_are_explicit = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
-        # Parameters already updated in a step that raised half-way, with the gradient they were updated by.
-        self._interrupted: list[tuple[Tensor, Tensor, int]] = []
+        self._forget()
         super().__init__(entries, defaults)
 
     # ------------------------------------------------------------------ groups
@@ -122,178 +109,6 @@ class GaLoreAdam(Optimizer):
                 raise ValueError(f"{name}: given twice; pass each parameter once (tied weights are one parameter)")
             present.add(id(param))
 
-    def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
-        """(index over all groups, name for messages, parameter, group)."""
-        index = 0
-        for group_index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
-            for position, param in enumerate(group["params"]):
-                name = f"param group {group_index}, parameter {position}"
-                if names is not None:
-                    name += f' ("{names[position]}")'
-                yield index, name, param, group
-                index += 1
-
-    def _layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
-        return Layout.of(param, group, eight_bit=self._eight_bit)
-
-    # ------------------------------------------------------------------ step
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one optimization step.
-
-        Everything is checked before anything changes. If a call raises half-way (out of memory, say), calling
-        ``step()`` again with the same gradients continues where it stopped, so that no parameter is updated twice.
-        Gradients are the same if nothing has written to them (as autograd counts it: not through ``.data``).
-
-        A tensor whose gradient is NaN, infinite or beyond 1.8e19 is skipped: weight and state stay as they are, a
-        ``NonFiniteGradientWarning`` names it, ``skipped_steps()`` counts it.
-
-        Args:
-            closure: reevaluates the model and returns the loss; run with gradients enabled.
-
-        Returns:
-            The closure's result, or None.
-
-        Raises:
-            ValueError: an option out of range, or a sparse, complex or wrongly shaped gradient; names the parameter.
-        """
-        try:
-            return self._step(closure)
-        except BaseException:
-            # GradScaler sets these for the call, and multiplies into what it finds: left behind by a call that failed,
-            # they would unscale the retry twice.
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
-            raise
-
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        updates = self._collect()
-        done = self._resume_interrupted(updates)
-        lrs: dict[tuple[int, torch.device], Tensor] = {}
-        for update in updates:
-            if id(update.param) in done:
-                continue
-            lr = update.group["lr"]
-            device = update.param.device
-            key = (id(update.group), device)
-            if key not in lrs:
-                lrs[key] = torch.as_tensor(lr, dtype=torch.float64, device=device).reshape(())
-            skipped = self._apply(update, lrs[key])
-            self._interrupted.append((update.param, update.grad, update.grad._version))
-            # Last: a warning may be turned into an exception.
-            self._report_skip(update.name, skipped)
-        self._interrupted = []
-        return loss
-
-    def _collect(self) -> list[Update]:
-        for group_index, group in enumerate(self.param_groups):
-            check_scheduled(group, f"param group {group_index}")
-        updates = []
-        for index, name, param, group in self._named_params():
-            grad = param.grad
-            if grad is None or param.numel() == 0:
-                continue
-            check_param(param, name)
-            if grad.layout != torch.strided or grad.is_complex():
-                raise ValueError(f"{name}: expected a dense real gradient, got {grad.layout}, {grad.dtype}; densify it")
-            if not grad.is_floating_point() or grad.dtype == torch.float64:
-                raise ValueError(f"{name}: expected a float32, bfloat16 or float16 gradient, got {grad.dtype}")
-            if grad.is_inference():
-                raise ValueError(
-                    f"{name}: its gradient was made in inference mode; run the backward pass outside of it"
-                )
-            layout = self._layout(param, group)
-            state = self.state.get(param)
-            if grad.device != param.device or (state and state["exp_avg"].device != param.device):
-                raise ValueError(
-                    f"{name}: the weight is on {param.device}, its gradient or its state is not; move the model before "
-                    "the first step, or load the optimizer's state_dict again after moving it"
-                )
-            if grad.shape != param.shape or (state and not layout.fits(state)):
-                raise ValueError(
-                    f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}, and its "
-                    "state was made for another shape or rank; it was changed since the last step: make a new "
-                    "optimizer, or restore it"
-                )
-            registry.select("adam8bit_update", self._backend, param.device)
-            updates.append(Update(param, grad, group, index, name, layout))
-        return updates
-
-    def _resume_interrupted(self, updates: list[Update]) -> set[int]:
-        """Parameters to leave out because an interrupted step with these very gradients has updated them."""
-        same = {id(update.param): update.grad for update in updates}
-        if any(same.get(id(p)) is not g or g._version != version for p, g, version in self._interrupted):
-            self._interrupted = []
-        return {id(param) for param, _, _ in self._interrupted}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch.optim's. Also gives up an interrupted step: the gradients it would continue with are gone."""
-        self._interrupted = []
-        super().zero_grad(set_to_none)
-
-    def _apply(self, update: Update, lr: Tensor) -> int:
-        """Updates one parameter. Returns how many of its steps have been skipped if this one was, else 0."""
-        param, grad, group, layout = update.param, update.grad, update.group, update.layout
-        fresh = not self.state.get(param)
-        state = layout.new_state(param) if fresh else self.state[param]
-        step, skipped = int(state["step"]), int(state["skipped"])
-        options = ops.AdamOptions(
-            lr,
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            rounding_seed=update.rounding_seed(),
-        )
-        changed: dict[str, Any] = {}
-        if layout.side is None:
-            ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
-        else:
-            changed = refreshed(update, state)
-            bases = {**state, **changed}
-            shape = matrix_shape(param.shape)
-            weight = param.reshape(shape)
-            ops.galore_update(
-                weight,
-                grad.reshape(shape),
-                bases["basis"],
-                adam_state(state),
-                options,
-                side=layout.side,
-                scale=float(group["scale"]),
-                long_basis=bases.get("long_basis"),
-                backend=self._backend,
-            )
-            if weight.data_ptr() != param.data_ptr():
-                param.copy_(weight.view(param.shape))
-        # Only now, when nothing can fail any more: a step that raised has changed nothing of this parameter. A skipped
-        # step hasn't either: a basis found in a gradient that is not used goes with it.
-        stepped, skips = int(state["step"]) > step, int(state["skipped"])
-        if stepped:
-            state.update(changed)
-        if fresh and (stepped or skips):
-            self.state[param] = state
-        return skips if skips > skipped else 0
-
-    def _report_skip(self, name: str, skipped: int) -> None:
-        # At 1, 2, 4, 8, ... skipped steps: a broken run is told of it without being drowned in it.
-        if skipped and skipped & (skipped - 1) == 0:
-            warnings.warn(
-                f"{name}: its gradient is NaN, infinite or beyond 1.8e19; its step was skipped, weight and state are "
-                f"unchanged ({skipped} skipped so far)",
-                NonFiniteGradientWarning,
-                stacklevel=6,  # _step, step and torch's two wrappers of it lie between here and the caller
-            )
-
     # ------------------------------------------------------------------ what it holds
 
     def skipped_steps(self) -> dict[str, int]:
@@ -335,7 +150,11 @@ class GaLoreAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("_backend", "_ranks_are_explicit")}
-        return {**super().__getstate__(), **own, "_interrupted": []}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers, with a format version and a checksum of each parameter's state.
@@ -360,7 +179,6 @@ class GaLoreAdam(Optimizer):
         state, groups = serialization.checked(
             state_dict, type(self).__name__, self.param_groups, list(self._named_params()), self._layout
         )
-        self._interrupted = []
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

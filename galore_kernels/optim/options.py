@@ -69,14 +69,23 @@ def _expect_count(where: str, group: Mapping[str, Any], key: str, remedy: str) -
 
 def _expect_choice(where: str, group: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> None:
     value = group[key]
+    if value in choices:
+        return
     close = difflib.get_close_matches(str(value), choices, n=1)
     remedy = f'did you mean "{close[0]}"?' if close else "choose one of them"
-    _expect(where, key, value, value in choices, f"one of {', '.join(choices)}", remedy)
+    _expect(where, key, value, False, f"one of {', '.join(choices)}", remedy)
+
+
+def check_lr(group: Mapping[str, Any], where: str) -> None:
+    """Checks the learning rate. Raises ValueError; of a tensor on a device the number isn't read: that would wait."""
+    lr = group["lr"]
+    if not (isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.numel() == 1 and not lr.is_complex()):
+        _expect_number(where, group, "lr", positive=False, remedy="1e-3 to 1e-2 are usual for GaLore")
 
 
 def check_scheduled(group: Mapping[str, Any], where: str) -> None:
     """Checks what a scheduler may have changed since the group was made. Raises ValueError naming key and group."""
-    _expect_number(where, group, "lr", positive=False, remedy="1e-3 to 1e-2 are usual for GaLore")
+    check_lr(group, where)
     betas = group["betas"]
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     numbers = [_number(b) for b in betas] if pair else []

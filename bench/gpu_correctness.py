@@ -1,0 +1,143 @@
+"""The issue's figures of correctness, at the sizes that are timed: codes, weights, and the same bits every time."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_plan import LAYER, Plan
+from torch import Tensor
+
+from galore_kernels.ops import AdamOptions, AdamState, registry
+from galore_kernels.ops.group import UpdateGroup
+
+# The float64 restatement of the mathematics that the tests compare with; it shares no code with the library.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+
+import oracle
+import tolerances
+from update_cases import bits, clone, f64, moments, oracle_scalars, warm_state
+
+#: Matrices in a group: enough that their panels fill a large device, so that the way taken is the one that is timed.
+GROUP = 5
+SCALE = 0.25
+#: Long indices of which the weights are compared with float64: every so many, the last panel's tail among them.
+SAMPLED = 512
+RUNS = 4
+
+
+@dataclass
+class Matrix:
+    """One matrix with everything that its update takes."""
+
+    param: Tensor
+    grad: Tensor
+    basis: Tensor
+    state: AdamState
+
+
+def _make(shape: tuple[int, int], state: AdamState, rank: int, side: str, seed: int, device: torch.device) -> Matrix:
+    rng = torch.Generator(device).manual_seed(seed)
+    short = shape[1] if side == "right" else shape[0]
+
+    def normal(*size: int, std: float) -> Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, std, generator=rng)
+
+    there = {key: value.to(device, copy=True) for key, value in vars(state).items()}
+    # Weights of the size that models have; basis columns of length 1.
+    return Matrix(
+        normal(*shape, std=0.02), normal(*shape, std=1.0), normal(short, rank, std=short**-0.5), replace(state, **there)
+    )
+
+
+def _updated(backend: registry.Backend, matrices: list[Matrix], side: str, o: AdamOptions) -> list[Matrix]:
+    """The matrices after an update by ``backend``, together if it can; the given ones stay as they are."""
+    new = [Matrix(x.param.clone(), x.grad, x.basis, clone(x.state)) for x in matrices]
+    if backend.group is None:
+        for x in new:
+            backend.kernels["galore_update"](x.param, x.grad, x.basis, None, x.state, o, side, SCALE)
+        return new
+    group = UpdateGroup(
+        "galore_update",
+        tuple(x.param for x in new),
+        tuple(x.state for x in new),
+        tuple(x.basis for x in new),
+        side,
+        SCALE,
+    )
+    backend.group(group)([x.grad for x in new], o)
+    return new
+
+
+def _same(a: Matrix, b: Matrix) -> bool:
+    pairs = [(a.param, b.param), *zip(vars(a.state).values(), vars(b.state).values(), strict=True)]
+    return all(bool((bits(x) == bits(y)).all()) for x, y in pairs)
+
+
+def _weights(old: Matrix, new: Matrix, side: str, o: AdamOptions) -> dict[str, Any]:
+    """Distance to float64 of a sample of long indices: nothing in an update crosses them."""
+    right = side == "right"
+    long = old.param.shape[0 if right else 1]
+    which = torch.arange(long - 1, -1, -max(1, long // SAMPLED), device=old.param.device)
+
+    def part(matrix: Tensor) -> oracle.Array:
+        return f64((matrix[which] if right else matrix[:, which]).cpu())
+
+    a = oracle_scalars(o, int(old.state.step) + 1)
+    cpu = {key: value.cpu() for key, value in vars(old.state).items()}
+    m, v = (moment.reshape(long, -1)[which.cpu().numpy()] for moment in moments(replace(old.state, **cpu)))
+    basis = f64(old.basis.cpu())
+    lowrank = oracle.project(part(old.grad), basis, None, side)
+    direction = oracle.adam_direction(*oracle.adam_moments(lowrank, m, v, a), a)
+    change = oracle.back_project(direction, basis, None, side)
+    exact = oracle.descend(part(old.param), SCALE * change, a)
+    off = np.abs(part(new.param) - exact)
+    ulp = tolerances.ulp(np.maximum(np.abs(exact), np.abs(part(old.param))), torch.bfloat16)
+    # What rounding the direction to the basis' dtype, as the operation is to do, may move a weight by: beside a weight
+    # near zero that can be more than its ulps.
+    rounding = 2.0**-9 * a.lr * SCALE * oracle.back_project(np.abs(direction), np.abs(basis), None, side)
+    return {
+        "weights_compared": int(off.size),
+        "weights_beyond_two_ulps": int((off > 2 * ulp).sum()),
+        "weights_beyond_two_ulps_and_the_directions_rounding": int((off > 2 * ulp + rounding).sum()),
+        "worst_ulps": float((off / ulp).max()),
+        "weights_finite": bool(np.isfinite(off).all()),
+    }
+
+
+def _codes(new: Matrix, expected: Matrix) -> dict[str, Any]:
+    distances = [
+        (getattr(new.state, key).int() - getattr(expected.state, key).int()).abs() for key in ("exp_avg", "exp_avg_sq")
+    ]
+    return {
+        "codes_equal": min(float((distance == 0).double().mean()) for distance in distances),
+        "codes_apart": max(int(distance.max()) for distance in distances),
+    }
+
+
+def correctness(plan: Plan, name: str, device: torch.device) -> list[dict[str, Any]]:
+    """The figures of one backend: for each shape at the first rank, for the first shape at the others too."""
+    backend, reference = (registry.select("galore_update", which, device) for which in (name, "reference"))
+    o = AdamOptions(torch.tensor(1e-2, device=device), weight_decay=0.1)
+    shapes = [plan.scaled(shape) for shape in dict.fromkeys(LAYER)]
+    cases = [(shape, plan.ranks[0]) for shape in shapes] + [(shapes[0], rank) for rank in plan.ranks[1:]]
+    found = []
+    for shape, rank in cases:
+        side = "right" if shape[0] >= shape[1] else "left"
+        state = warm_state((max(shape), rank), eight_bit=True)
+        matrices = [_make(shape, state, rank, side, seed, device) for seed in range(GROUP)]
+        new = _updated(backend, matrices, side, o)
+        again = [_updated(backend, matrices, side, o) for _ in range(RUNS - 1)]
+        figures = {"backend": name, "shape": list(shape), "rank": rank, "side": side}
+        expected = _updated(reference, matrices[-1:], side, o)[0]
+        figures |= _codes(new[-1], expected) | _weights(matrices[-1], new[-1], side, o)
+        figures["weights_of_the_reference_beyond_two_ulps"] = _weights(matrices[-1], expected, side, o)[
+            "weights_beyond_two_ulps"
+        ]
+        figures["bit_identical"] = all(_same(x, y) for run in again for x, y in zip(run, new, strict=True))
+        found.append(figures)
+    return found

@@ -1,0 +1,197 @@
+"""What a row on the GPU compares: our updates by groups and singly, and the chain of plain torch calls, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from floor import orient
+from gpu_chain import Chain
+from gpu_plan import Plan
+from harness import Call, Entry, Implementation, UnavailableError
+from ours import work_of
+from problem import LR, SCALE, Problem
+from torch import Tensor
+
+from galore_kernels import _native, ops
+from galore_kernels.backends.cuda import CudaStages
+from galore_kernels.backends.pipeline import Batch, Pipeline
+from galore_kernels.ops import registry
+from galore_kernels.ops.group import GroupUpdate, UpdateGroup
+
+LOW_RANK, FULL_RANK = ("galore_update",), ("adam8bit_update",)
+UNFUSED = "unfused chain, torch.compile"
+STRONGEST = "unfused chain, torch.compile, addmm, CUDA graph"
+ONE_PASS, FOUR_LAUNCHES = "ours: cuda, one pass", "ours: cuda, four launches"
+
+
+def grouped_name(backend: str) -> str:
+    """Of the entry that updates by groups."""
+    return f"ours: {backend}"
+
+
+def single_name(backend: str, graph: bool) -> str:
+    """Of the entry that updates one matrix at a time."""
+    return f"ours: {backend}, {'CUDA graph' if graph else 'eager'}"
+
+
+def _selected(backend: str, problem: Problem) -> registry.Backend:
+    try:
+        return registry.select(problem.operation, backend, problem.device)
+    except (ValueError, RuntimeError) as error:
+        raise UnavailableError(str(error)) from error
+
+
+def _options(problem: Problem) -> ops.AdamOptions:
+    return ops.AdamOptions(torch.tensor(LR, device=problem.device))
+
+
+def _groups(problem: Problem, weights: list[Tensor]) -> list[tuple[UpdateGroup, list[Tensor]]]:
+    """The matrices by shape, each group with its gradients."""
+    found = []
+    for shape in dict.fromkeys(problem.case.shapes):
+        which = [i for i, other in enumerate(problem.case.shapes) if other == shape]
+        long, _, side = orient(shape)
+        moments = shape if problem.rank is None else (long, problem.rank)
+        group = UpdateGroup(
+            problem.operation,
+            tuple(weights[i] for i in which),
+            tuple(ops.AdamState.zeros(moments, eight_bit=True, device=problem.device) for _ in which),
+            () if problem.rank is None else tuple(problem.bases[i] for i in which),
+            side,
+            SCALE if problem.rank is not None else 1.0,
+        )
+        found.append((group, [problem.grads[i] for i in which]))
+    return found
+
+
+def _one_by_one(backend: registry.Backend, group: UpdateGroup) -> GroupUpdate:
+    """A group's update by a backend that takes tensors singly."""
+    kernel = backend.kernels[group.operation]
+
+    def update(grads: object, options: ops.AdamOptions) -> None:
+        bases = group.bases or (None,) * len(group.params)
+        for param, grad, basis, state in zip(group.params, grads, bases, group.states, strict=True):  # type: ignore[call-overload]
+            if basis is None:
+                kernel(param, grad, state, options)
+            else:
+                kernel(param, grad, basis, None, state, options, group.side, group.scale)
+
+    return update
+
+
+def _all_groups(problem: Problem, make: Callable[[UpdateGroup], GroupUpdate], notes: str) -> Implementation:
+    weights, options = problem.weights(), _options(problem)
+    updates = [(make(group), grads) for group, grads in _groups(problem, weights)]
+
+    def call() -> None:
+        for update, grads in updates:
+            update(grads, options)
+
+    return Implementation(call, work_of(problem, "8bit"), weights, notes=notes)
+
+
+def grouped(name: str) -> Entry:
+    """Our backend, all matrices of a shape at a time."""
+
+    def build(problem: Problem) -> Implementation:
+        backend = _selected(name, problem)
+        if backend.group is None:
+            return _all_groups(problem, lambda group: _one_by_one(backend, group), "one at a time: it has no groups")
+        return _all_groups(problem, backend.group, "all matrices of a shape together")
+
+    return Entry(grouped_name(name), "ours", LOW_RANK + FULL_RANK, build)
+
+
+def single(name: str, *, graph: bool) -> Entry:
+    """Our backend through the public operation, one matrix after another."""
+
+    def build(problem: Problem) -> Implementation:
+        _selected(name, problem)
+        weights, options = problem.weights(), _options(problem)
+        rank, steps = problem.low_rank(), []
+        for shape, weight, grad, basis in zip(problem.case.shapes, weights, problem.grads, problem.bases, strict=True):
+            long, _, side = orient(shape)
+            state = ops.AdamState.zeros((long, rank), eight_bit=True, device=problem.device)
+            steps.append((weight, grad, basis, state, side))
+
+        def call() -> None:
+            for weight, grad, basis, state, side in steps:
+                ops.galore_update(weight, grad, basis, state, options, side=side, scale=SCALE, backend=name)
+
+        timed = captured(call, problem.device) if graph else call
+        notes = f"{len(steps)} calls in a sample, each on a matrix of its own"
+        return Implementation(timed, work_of(problem, "8bit"), weights, notes=notes)
+
+    return Entry(single_name(name, graph), "ours", LOW_RANK, build)
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """The call as a CUDA graph; itself where there is no CUDA. Calls it once before."""
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # loads and compiles what can't be during a capture
+        call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+class _FourLaunches(CudaStages):
+    def in_one_pass(self, batch: Batch) -> bool:
+        return False
+
+
+def one_pass_and_four_launches(stages: CudaStages | None = None) -> list[Entry]:
+    """The CUDA backend's two ways of one update. ``stages``: others than the built module's."""
+
+    def build(problem: Problem, *, split: bool) -> Implementation:
+        if stages is None:
+            _selected("cuda", problem)
+        native, device_type = (_native, "cuda") if stages is None else (stages._native, stages.device_type)
+        pipeline = Pipeline((_FourLaunches if split else CudaStages)(native, device_type))
+        return _all_groups(problem, pipeline.group, "")
+
+    return [
+        Entry(ONE_PASS, "ours", LOW_RANK, lambda problem: build(problem, split=False)),
+        Entry(FOUR_LAUNCHES, "ours", LOW_RANK, lambda problem: build(problem, split=True)),
+    ]
+
+
+def chains(plan: Plan) -> list[Entry]:
+    """The chain of plain torch calls under torch.compile: as one would write it, and as fast as we could make it."""
+
+    def build(problem: Problem, *, strongest: bool) -> Implementation:
+        weights = problem.weights()
+        torch._dynamo.config.recompile_limit = 64  # three shapes at each rank; beyond it, calls silently run uncompiled
+        steps = [
+            Chain(weight, grad, basis, orient(shape)[2], eight_bit=not strongest)
+            for shape, weight, grad, basis in zip(
+                problem.case.shapes, weights, problem.grads, problem.bases, strict=True
+            )
+        ]
+        whole = torch.compile(Chain.step, backend=plan.compiler, dynamic=False)
+        factors = torch.compile(Chain.factors, backend=plan.compiler, dynamic=False)
+
+        def call() -> None:
+            if not strongest:
+                for step in steps:
+                    whole(step)
+                return
+            for step in steps:  # outside, for torch.compile gives the product a result of its own and copies it
+                step.weight.addmm_(*factors(step), alpha=-1)
+
+        call()
+        timed = captured(call, problem.device) if strongest else call
+        moments = "float32 moments, the faster ones for torch" if strongest else "8-bit moments"
+        work = work_of(problem, "fp32" if strongest else "8bit")
+        return Implementation(timed, work, weights, notes=f"{moments}; torch.compile({plan.compiler!r})")
+
+    return [
+        Entry(UNFUSED, "rival", LOW_RANK, lambda problem: build(problem, strongest=False)),
+        Entry(STRONGEST, "rival", LOW_RANK, lambda problem: build(problem, strongest=True)),
+    ]

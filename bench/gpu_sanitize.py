@@ -1,0 +1,138 @@
+"""Every kernel on small shapes with odd tails, for compute-sanitizer to watch:
+
+    compute-sanitizer --tool memcheck python bench/gpu_sanitize.py
+
+Inputs are made on the CPU and copied, so that nearly every kernel that runs is one of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from galore_kernels import ops
+from galore_kernels.ops import registry
+from galore_kernels.ops.group import UpdateGroup
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+
+from update_cases import options, tensors, warm_state
+
+#: Long and short dimension and rank.
+SINGLE = [
+    (1, 1, 1),  # the smallest
+    (131, 67, 5),  # tails everywhere, no vectors
+    (136, 264, 24),  # whole chunks, tails of tiles
+    (40, 1100, 8),  # the short dimension is split
+    (130, 70, 129),  # one column more than a tile of the basis
+]
+#: Of groups that take one pass where enough panels fill the device.
+GROUPED = [(304, 200, 24), (256, 64, 128)]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Runner:
+    """The backend under watch, and the device that it runs on."""
+
+    def __init__(self, backend: str, device: torch.device) -> None:
+        self.backend, self.device = backend, device
+        self.options = replace(options(weight_decay=0.1), lr=torch.tensor(0.01, dtype=torch.float64).to(device))
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Normal numbers on the device."""
+        return torch.randn(shape).to(dtype).to(self.device)
+
+    def state(self, shape: tuple[int, ...], *, eight_bit: bool) -> ops.AdamState:
+        """A warm state on the device."""
+        state = warm_state(shape, eight_bit=eight_bit)
+        return replace(state, **{key: value.to(self.device) for key, value in tensors(state).items()})
+
+    def seeded(self, dtype: torch.dtype) -> ops.AdamOptions:
+        """Stochastic rounding where it exists."""
+        return replace(self.options, rounding_seed=7 if dtype == torch.bfloat16 else None)
+
+    def one_matrix(self, long: int, short: int, rank: int, side: str, dtype: torch.dtype, *, eight_bit: bool) -> None:
+        """galore_update and lowrank_update, and a gradient that is to be skipped."""
+        shape = (long, short) if side == "right" else (short, long)
+        param, grad, basis = (self.normal(size, dtype) for size in (shape, shape, (short, rank)))
+        state = self.state((long, rank), eight_bit=eight_bit)
+        where = {"side": side, "scale": 0.25, "backend": self.backend}
+        ops.galore_update(param, grad, basis, state, self.seeded(dtype), **where)  # type: ignore[arg-type]
+        mixed = self.normal((long, rank), torch.float32)
+        ops.lowrank_update(param, mixed, basis, state, self.options, **where)  # type: ignore[arg-type]
+        bad = torch.full(shape, torch.nan, dtype=dtype).to(self.device)
+        ops.galore_update(param, bad, basis, state, self.options, **where)  # type: ignore[arg-type]
+
+    def group(self, long: int, short: int, rank: int, side: str, dtype: torch.dtype, count: int) -> None:
+        """A grouped update."""
+        make = registry.select("galore_update", self.backend, self.device).group
+        if make is None:
+            return
+        shape = (long, short) if side == "right" else (short, long)
+        group = UpdateGroup(
+            "galore_update",
+            tuple(self.normal(shape, dtype) for _ in range(count)),
+            tuple(self.state((long, rank), eight_bit=True) for _ in range(count)),
+            tuple(self.normal((short, rank), dtype) for _ in range(count)),
+            side,
+            0.25,
+        )
+        make(group)([self.normal(shape, dtype) for _ in range(count)], self.options)
+
+    def full_rank(self, elements: int, dtype: torch.dtype, *, eight_bit: bool) -> None:
+        """adam8bit_update and the 8-bit format."""
+        param, grad = self.normal((elements,), dtype), self.normal((elements,), dtype)
+        state = self.state((elements,), eight_bit=eight_bit)
+        ops.adam8bit_update(param, grad, state, self.seeded(dtype), backend=self.backend)
+        for signed, x in ((True, grad), (False, self.normal((elements,), dtype).abs())):
+            codes, absmax = ops.quantize_blockwise(x, signed, backend=self.backend)
+            ops.dequantize_blockwise(codes, absmax, signed, backend=self.backend)
+
+
+def _waits(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run(runner: Runner) -> Iterator[str]:
+    """Everything, one case at a time; yields what it has done."""
+    for (long, short, rank), side, dtype in itertools.product(SINGLE, ("right", "left"), DTYPES):
+        eight_bit = (long + rank) % 2 == 0 or dtype == torch.bfloat16
+        runner.one_matrix(long, short, rank, side, dtype, eight_bit=eight_bit)
+        yield f"galore_update, lowrank_update {long} x {short} r={rank} {side} {dtype}"
+    # As many as fill an H200's 132 multiprocessors at two blocks each; 3 for the emulation.
+    many = 60 if runner.device.type == "cuda" else 3
+    for (long, short, rank), side, dtype in itertools.product(GROUPED, ("right", "left"), DTYPES[:2]):
+        for count in (2, many):
+            runner.group(long, short, rank, side, dtype, count)
+            yield f"group of {count}, {long} x {short} r={rank} {side} {dtype}"
+    for elements, dtype, eight_bit in itertools.product((1, 255, 257, 20_001), DTYPES, (True, False)):
+        runner.full_rank(elements, dtype, eight_bit=eight_bit)
+        yield f"adam8bit_update, quantize, dequantize {elements} {dtype}"
+
+
+def main() -> int:
+    """Runs it; the last line says that nothing was left out."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    runner = Runner(arguments.backend, torch.device(arguments.device))
+    count = 0
+    for done in run(runner):
+        _waits(runner.device)
+        print(done, flush=True)
+        count += 1
+    print(f"all {count} cases done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

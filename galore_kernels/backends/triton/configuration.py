@@ -1,0 +1,286 @@
+"""How kernels cut their work: a table for each architecture, chosen from by shape and dtype. Nothing is tried out.
+
+Kernels that update in place can't be timed by running them several times (each run is a step), and a choice by timing
+would make results differ between runs. So tiles are looked up. What the table says can be overridden:
+
+    with configuration.override(project={"rows": 64, "warps": 4}, splits=2):
+        optimizer.step()
+
+or, for a whole process, by the same as JSON in the environment variable ``GALORE_KERNELS_TRITON``:
+
+    GALORE_KERNELS_TRITON='{"project": {"rows": 64, "warps": 4}, "splits": 2}' python train.py
+
+Keys are the stages' names, "splits" (into how many parts ``project`` cuts the short dimension) and "architecture".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.triton.availability import interpreted
+from galore_kernels.quantizers import block_count
+
+ENVIRONMENT_VARIABLE = "GALORE_KERNELS_TRITON"
+
+#: Architectures with a column of their own. Others take the one that fits them: see ``architecture``.
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+
+#: What is not NVIDIA's takes the smallest tiles, with two stages: AMD's programs have 64 KB of shared memory.
+_OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A product's tile.
+
+    Attributes:
+        rows, columns: of the result in one program: long rows x basis columns, or rows x columns of the weight.
+        depth: summed indices at a time. warps, stages: of Triton.
+        precision: of products that are not of two 16-bit operands of one dtype. "bf16x6" takes each float32 for the
+            sum of three bfloat16 and adds the six largest of the nine products on the tensor cores: an error of a few
+            2^-24, as float32's own. It costs as much as "tf32x3", whose error is 2^-22, and is faster than "ieee",
+            which leaves the tensor cores idle.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    precision: str = "bf16x6"
+
+
+@dataclass(frozen=True)
+class ElementTile:
+    """An element-wise stage's tile: blocks of 256 elements in one program, and its warps."""
+
+    blocks: int
+    warps: int
+
+
+# Largest columns (project) or depth (back_project_update) that a tile serves -> the tile. The next larger one is taken,
+# or the last, several times over.
+_Column = dict[int, Tile]
+
+# (architecture, stage, bits of an operand) -> column. sm_89 has 99 KB of shared memory for a program, sm_80 163 KB and
+# sm_90 227 KB. float32 operands are split in registers, which limits their tiles.
+_PRODUCTS: dict[tuple[str, str, int], _Column] = {
+    ("sm_80", "project", 16): {
+        16: Tile(128, 16, 64, 4, 4),
+        32: Tile(128, 32, 64, 4, 4),
+        64: Tile(128, 64, 64, 4, 4),
+        128: Tile(128, 128, 64, 8, 3),
+    },
+    ("sm_89", "project", 16): {
+        16: Tile(128, 16, 64, 4, 3),
+        32: Tile(128, 32, 64, 4, 3),
+        64: Tile(128, 64, 64, 4, 3),
+        128: Tile(128, 128, 32, 8, 4),
+    },
+    ("sm_90", "project", 16): {
+        16: Tile(128, 16, 64, 4, 4),
+        32: Tile(128, 32, 64, 4, 4),
+        64: Tile(128, 64, 64, 4, 4),
+        128: Tile(128, 128, 64, 8, 4),
+        256: Tile(128, 256, 64, 8, 3),
+    },
+    ("sm_80", "project", 32): {
+        16: Tile(64, 16, 32, 4, 3),
+        32: Tile(64, 32, 32, 4, 3),
+        64: Tile(64, 64, 32, 4, 3),
+    },
+    ("sm_89", "project", 32): {
+        16: Tile(64, 16, 32, 4, 3),
+        32: Tile(64, 32, 32, 4, 3),
+        64: Tile(64, 64, 32, 4, 3),
+    },
+    ("sm_90", "project", 32): {
+        16: Tile(64, 16, 32, 4, 3),
+        32: Tile(64, 32, 32, 4, 3),
+        64: Tile(64, 64, 32, 4, 3),
+    },
+    ("sm_80", "back_project_update", 16): {
+        16: Tile(128, 128, 16, 8, 2),
+        32: Tile(128, 128, 32, 8, 2),
+        64: Tile(128, 128, 64, 8, 3),
+    },
+    ("sm_89", "back_project_update", 16): {
+        16: Tile(128, 128, 16, 8, 2),
+        32: Tile(128, 128, 32, 8, 3),
+    },
+    ("sm_90", "back_project_update", 16): {
+        16: Tile(128, 128, 16, 8, 2),
+        32: Tile(128, 128, 32, 8, 2),
+        64: Tile(128, 128, 64, 8, 3),
+    },
+    ("sm_80", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
+    ("sm_89", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
+    ("sm_90", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
+}
+
+# Addresses or rows that are no multiples of 16 bytes are loaded element by element, each with its own mask. What counts
+# then is to stay within the registers.
+_UNALIGNED = {
+    ("project", 16): Tile(32, 64, 32, 4, 2),
+    ("project", 32): Tile(32, 32, 16, 4, 2),
+    ("back_project_update", 16): Tile(32, 64, 32, 4, 2),
+    ("back_project_update", 32): Tile(32, 32, 32, 4, 2),
+}
+
+# Bound by memory on every architecture: what matters is enough bytes under way, and vectors for each thread.
+_ELEMENTS = {
+    "scale_and_check": ElementTile(8, 8),
+    "check_gradient": ElementTile(8, 8),
+    "lowrank_adam": ElementTile(4, 4),
+    "adam_update": ElementTile(4, 4),
+    "quantize_blockwise": ElementTile(4, 4),
+    "dequantize_blockwise": ElementTile(8, 8),
+}
+
+# The interpreter pays for each operation of each program, and little for elements.
+_INTERPRETED_BLOCKS = 64
+_INTERPRETED_PRODUCT = Tile(128, 128, 128, 1, 1)
+
+_Overrides = Mapping[str, Any]
+_STAGES = ("project", "back_project_update", *_ELEMENTS)
+_overrides: ContextVar[_Overrides | None] = ContextVar("galore_kernels_triton_overrides", default=None)
+
+
+def _checked(overrides: _Overrides, where: str) -> _Overrides:
+    """Raises ValueError unless every key and value can be used."""
+    for key, value in overrides.items():
+        if key == "splits":
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{where}: splits must be an integer >= 1, got {value!r}")
+        elif key == "architecture":
+            if value not in ARCHITECTURES:
+                raise ValueError(f"{where}: architecture must be one of {', '.join(ARCHITECTURES)}, got {value!r}")
+        elif key in _STAGES:
+            _check_tile(key, value, where)
+        else:
+            known = ", ".join([*_STAGES, "splits", "architecture"])
+            raise ValueError(f"{where}: unknown key {key!r}; choose among {known}")
+    return overrides
+
+
+def _check_tile(stage: str, changes: Any, where: str) -> None:
+    known = {field.name for field in fields(ElementTile if stage in _ELEMENTS else Tile)}
+    if not isinstance(changes, Mapping) or not set(changes) <= known:
+        raise ValueError(f"{where}: {stage} takes a mapping of {', '.join(sorted(known))}, got {changes!r}")
+    for name, value in changes.items():
+        if name == "precision":
+            if value not in ("ieee", "tf32x3", "bf16x6"):
+                raise ValueError(f"{where}: {stage}: precision must be ieee, tf32x3 or bf16x6, got {value!r}")
+            continue
+        least = 16 if name in ("rows", "columns", "depth") else 1  # the smallest product that Triton takes
+        kind = "an integer" if name == "stages" else "a power of two"
+        if not isinstance(value, int) or value < least or (name != "stages" and value & (value - 1)):
+            raise ValueError(f"{where}: {stage}: {name} must be {kind} >= {least}, got {value!r}")
+
+
+@lru_cache(maxsize=4)
+def _of_environment(text: str) -> _Overrides:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={text!r} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={text!r}: expected a JSON object")
+    return _checked(parsed, ENVIRONMENT_VARIABLE)
+
+
+def _current() -> _Overrides:
+    of_context = _overrides.get()
+    return of_context if of_context is not None else _of_environment(os.environ.get(ENVIRONMENT_VARIABLE, "{}"))
+
+
+@contextlib.contextmanager
+def override(**overrides: Any) -> Iterator[None]:
+    """Within the context, and in this thread: other tiles than the table's; see the module's docstring.
+
+    Raises:
+        ValueError: a key or a value can't be used; the message says which.
+    """
+    token = _overrides.set({**_current(), **_checked(overrides, "override")})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def forced_splits() -> int | None:
+    """The overridden number of parts of the short dimension, or None."""
+    return _current().get("splits")
+
+
+@lru_cache(maxsize=64)
+def _architecture_of(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return _OTHER
+    capability = torch.cuda.get_device_capability(device)
+    # 8.6 and 12.0 have as little shared memory as 8.9; 10.x and 11.x as much as 9.0. 8.7 has as much as 8.0.
+    if (9, 0) <= capability < (12, 0):
+        return "sm_90"
+    return "sm_80" if capability in ((8, 0), (8, 7)) else "sm_89"
+
+
+def architecture(device: torch.device) -> str:
+    """The column of the table that serves ``device``, or "other"."""
+    forced = _current().get("architecture")
+    return forced if forced is not None else _architecture_of(device)
+
+
+def limits(architecture: str, stage: str, bits: int) -> tuple[int, ...]:
+    """The ranks up to which ``stage``'s tiles for operands of so many bits serve, each in one piece."""
+    return tuple(_PRODUCTS[architecture, stage, bits])
+
+
+def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
+    chosen = architecture(batch.device)
+    if chosen == _OTHER and interpreted():
+        tile = _INTERPRETED_PRODUCT
+    elif batch.aligned:
+        column = _PRODUCTS["sm_89" if chosen == _OTHER else chosen, stage, bits]
+        tile = column[next((limit for limit in column if limit >= batch.rank), max(column))]
+        if chosen == _OTHER:
+            tile = replace(tile, stages=2)
+    else:
+        tile = _UNALIGNED[stage, bits]
+    return replace(tile, **_current().get(stage, {}))
+
+
+def project_tile(batch: Batch) -> Tile:
+    """The tile of ``project``."""
+    bits = 16 if batch.grad_dtype == batch.basis_dtype != torch.float32 else 32
+    return _product_tile("project", batch, bits)
+
+
+def back_project_update_tile(batch: Batch) -> Tile:
+    """The tile of ``back_project_update``."""
+    bits = 16 if batch.basis_dtype != torch.float32 else 32
+    return _product_tile("back_project_update", batch, bits)
+
+
+def element_tile(stage: str, elements: int) -> ElementTile:
+    """The tile of an element-wise stage."""
+    tile = _ELEMENTS[stage]
+    if interpreted():
+        blocks = 1 << max(0, block_count(elements) - 1).bit_length()
+        tile = replace(tile, blocks=min(blocks, _INTERPRETED_BLOCKS))
+    return replace(tile, **_current().get(stage, {}))
+
+
+def known_factor(size: int, aligned: bool) -> int:
+    """The power of two up to 16 that a kernel may take for a factor of ``size``; 1 unless addresses are ``aligned``."""
+    return math.gcd(size, 16) if aligned else 1

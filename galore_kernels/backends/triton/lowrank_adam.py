@@ -1,0 +1,71 @@
+"""``lowrank_adam``: the moments and Adam's direction of projected gradients, over flat blocks of 256 elements."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.triton import configuration
+from galore_kernels.backends.triton.adam import tile_offsets, update_moments
+from galore_kernels.backends.triton.code_tables import code_tables
+from galore_kernels.backends.triton.dtypes import triton_dtype
+from galore_kernels.backends.triton.elements import count_step, from_float, multiple, skip_flag
+from galore_kernels.backends.triton.launch import launch
+from galore_kernels.quantizers import block_count
+
+
+@triton.jit(do_not_specialize=["elements", "programs_each"])
+def lowrank_adam_kernel(
+    table: tl.tensor,
+    control: tl.tensor,
+    lowrank: tl.tensor,
+    direction: tl.tensor,
+    maps: tl.tensor,
+    first_codes: tl.tensor,
+    elements: tl.int64,
+    programs_each: tl.int32,
+    EIGHT_BIT: tl.constexpr,
+    DIRECTION_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    tensor, part = tl.program_id(0) // programs_each, tl.program_id(0) % programs_each
+    skip = skip_flag(control, tensor)
+    if part == 0:
+        count_step(table, tensor, skip)
+    if skip != 0:
+        return
+    elements = multiple(elements, MULTIPLE)
+    blocks, offsets = tile_offsets(part, BLOCKS)
+    there = offsets < elements
+    first = tensor.to(tl.int64) * elements
+    g = tl.load(lowrank + first + offsets, there, other=0.0)
+    u = update_moments(g, table, control, tensor, blocks, offsets, elements, maps, first_codes, EIGHT_BIT, ALIGNED)
+    tl.store(direction + first + offsets, from_float(u, DIRECTION_DTYPE), there)
+
+
+def lowrank_adam(batch: Batch, table: Tensor, control: Tensor, lowrank: Tensor, direction: Tensor) -> None:
+    """Updates moments, ``step`` and ``skipped``; direction = Adam's direction."""
+    tile = configuration.element_tile("lowrank_adam", batch.moments)
+    programs_each = max(1, -(-block_count(batch.moments) // tile.blocks))  # a step counts without elements too
+    launch(
+        lowrank_adam_kernel,
+        batch.count * programs_each,
+        batch.device,
+        table,
+        control,
+        lowrank,
+        direction,
+        *code_tables(batch.device),
+        batch.moments,
+        programs_each,
+        EIGHT_BIT=batch.eight_bit,
+        DIRECTION_DTYPE=triton_dtype(direction.dtype),
+        ALIGNED=batch.aligned,
+        MULTIPLE=configuration.known_factor(batch.moments, batch.aligned),
+        BLOCKS=tile.blocks,
+        warps=tile.warps,
+    )

@@ -1,0 +1,150 @@
+"""``project``: R = G @ P (right) or G.T @ P (left), in tiles of long rows x columns of the basis.
+
+Where a batch has too few tiles to fill the device, the short dimension is split; ``scale_and_check`` sums the parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.triton import configuration
+from galore_kernels.backends.triton.dtypes import offset_dtype, triton_dtype
+from galore_kernels.backends.triton.elements import (
+    BASIS,
+    GRADIENT,
+    GRADIENT_SCALE,
+    SKIP_FOUND_INF,
+    coefficients,
+    flag_unless_representable,
+    multiple,
+    row_pointer,
+    skip_flag,
+    tile_of,
+)
+from galore_kernels.backends.triton.launch import launch, multiprocessors
+from galore_kernels.backends.triton.products import multiply_add
+from galore_kernels.backends.triton.scale_and_check import sum_parts
+
+
+@triton.jit(do_not_specialize=["long", "short", "rank", "count", "splits"])
+def project_kernel(
+    table: tl.tensor,
+    control: tl.tensor,
+    out: tl.tensor,
+    long: tl.int64,
+    short: tl.int64,
+    rank: tl.int64,
+    count: tl.int32,
+    splits: tl.int32,
+    LEFT: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    BASIS_DTYPE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD_MULTIPLE: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    # The basis' columns vary first: programs that share a panel of the gradient run together.
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(rank, COLUMNS).to(tl.int32)
+    row_tiles = tl.cdiv(long, ROWS).to(tl.int32)
+    column_tile = program % column_tiles
+    program = program // column_tiles
+    row_tile = program % row_tiles
+    program = program // row_tiles
+    split = program % splits
+    tensor = program // splits
+    if skip_flag(control, tensor) & SKIP_FOUND_INF:
+        return
+
+    rank = multiple(rank, RANK_MULTIPLE)
+    if LEFT:
+        long = multiple(long, GRAD_MULTIPLE)
+    else:
+        short = multiple(short, GRAD_MULTIPLE)
+    row0, column0 = row_tile.to(tl.int64) * ROWS, column_tile.to(tl.int64) * COLUMNS
+    rows_there, columns_there = row0 + tl.arange(0, ROWS) < long, column0 + tl.arange(0, COLUMNS) < rank
+    gradient = row_pointer(table, tensor, GRADIENT, GRAD_DTYPE, ALIGNED)
+    basis = row_pointer(table, tensor, BASIS, BASIS_DTYPE, ALIGNED)
+    steps = tl.cdiv(short, DEPTH)
+    steps_each = tl.cdiv(steps, splits)
+    begin = split * steps_each
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(begin, tl.minimum(begin + steps_each, steps)):
+        short0 = tl.full((), step, tl.int64) * DEPTH
+        depth_there = short0 + tl.arange(0, DEPTH) < short
+        if LEFT:
+            pointers = tl.trans(tile_of(gradient, short0, row0, long, DEPTH, ROWS, OFFSETS))
+        else:
+            pointers = tile_of(gradient, row0, short0, short, ROWS, DEPTH, OFFSETS)
+        g = tl.load(pointers, rows_there[:, None] & depth_there[None, :], other=0.0)
+        pointers = tile_of(basis, short0, column0, rank, DEPTH, COLUMNS, OFFSETS)
+        p = tl.load(pointers, depth_there[:, None] & columns_there[None, :], other=0.0)
+        sums = multiply_add(g, p, sums, PRECISION)
+
+    there = rows_there[:, None] & columns_there[None, :]
+    if SCALED:
+        sums = sums * tl.load(coefficients(control, tensor) + GRADIENT_SCALE)
+        flag_unless_representable(sums, there, control, tensor)
+    own = out + (split.to(tl.int64) * count + tensor) * (long * rank)
+    tl.store(tile_of(own, row0, column0, rank, ROWS, COLUMNS, OFFSETS), sums, there)
+
+
+def splits_for(batch: Batch, tile: configuration.Tile) -> int:
+    """Into how many parts the short dimension is split: enough for two tiles on every multiprocessor."""
+    forced = configuration.forced_splits()
+    if forced is not None:
+        return forced
+    long, short = batch.long_short()
+    tiles = batch.count * -(-long // tile.rows) * -(-batch.rank // tile.columns)
+    # A part that sums less than this is not worth its way through memory.
+    most = short // (tile.depth * 8)
+    return max(1, min(most, 2 * multiprocessors(batch.device) // max(1, tiles)))
+
+
+def project(batch: Batch, table: Tensor, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
+    """lowrank = the projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be."""
+    long, short = batch.long_short()
+    tile = configuration.project_tile(batch)
+    splits = splits_for(batch, tile)
+    out = lowrank
+    if splits > 1:
+        out = torch.empty((splits, *lowrank.shape), dtype=torch.float32, device=batch.device)
+    launch(
+        project_kernel,
+        batch.count * splits * -(-long // tile.rows) * -(-batch.rank // tile.columns),
+        batch.device,
+        table,
+        control,
+        out,
+        long,
+        short,
+        batch.rank,
+        batch.count,
+        splits,
+        LEFT=batch.side == "left",
+        GRAD_DTYPE=triton_dtype(batch.grad_dtype),
+        BASIS_DTYPE=triton_dtype(batch.basis_dtype),
+        SCALED=final and splits == 1,
+        ALIGNED=batch.aligned,
+        GRAD_MULTIPLE=configuration.known_factor(batch.shape[1], batch.aligned),
+        RANK_MULTIPLE=configuration.known_factor(batch.rank, batch.aligned),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        OFFSETS=offset_dtype(tile, max(batch.shape[1], batch.rank)),
+        PRECISION=tile.precision,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    if splits > 1:
+        sum_parts(out, control, lowrank, scaled=final)

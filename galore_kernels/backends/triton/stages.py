@@ -1,0 +1,82 @@
+"""The stages of ``galore_kernels.backends.pipeline`` in Triton. Kernels are imported, and so compiled, at first use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from galore_kernels.backends.pipeline import TABLE_COLUMNS, Batch
+from galore_kernels.ops.adam import AdamOptions
+
+
+class TritonStages:
+    """``Stages`` in Triton. Importing this module imports no Triton; calling a stage does."""
+
+    def __init__(self) -> None:
+        # The last single tensor, and its table. Another thread's in between costs a launch, no more.
+        self._latest: tuple[Batch, Tensor] | None = None
+
+    def _table(self, batch: Batch) -> Tensor:
+        if batch.table is not None:
+            return batch.table
+        latest = self._latest
+        if latest is None or latest[0] is not batch:
+            from galore_kernels.backends.triton.write_column import write_row
+
+            table = torch.empty((1, TABLE_COLUMNS), dtype=torch.int64, device=batch.device)
+            write_row(table, (*batch.addresses[0], batch.gradients[0]))
+            latest = self._latest = (batch, table)
+        return latest[1]
+
+    def write_column(self, table: Tensor, column: int, values: Sequence[int]) -> None:
+        from galore_kernels.backends.triton.write_column import write_column
+
+        write_column(table, column, values)
+
+    def prepare(self, batch: Batch, control: Tensor, options: AdamOptions, scale: float) -> None:
+        from galore_kernels.backends.triton.prepare import prepare
+
+        prepare(batch, self._table(batch), control, options, scale)
+
+    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
+        from galore_kernels.backends.triton.project import project
+
+        project(batch, self._table(batch), control, lowrank, final=final)
+
+    def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
+        from galore_kernels.backends.triton.scale_and_check import scale_and_check
+
+        scale_and_check(source, control, lowrank)
+
+    def lowrank_adam(self, batch: Batch, control: Tensor, lowrank: Tensor, direction: Tensor) -> None:
+        from galore_kernels.backends.triton.lowrank_adam import lowrank_adam
+
+        lowrank_adam(batch, self._table(batch), control, lowrank, direction)
+
+    def back_project_update(self, batch: Batch, control: Tensor, direction: Tensor) -> None:
+        from galore_kernels.backends.triton.back_project_update import back_project_update
+
+        back_project_update(batch, self._table(batch), control, direction)
+
+    def adam_update(self, batch: Batch, control: Tensor) -> None:
+        from galore_kernels.backends.triton.adam_update import adam_update
+
+        adam_update(batch, self._table(batch), control)
+
+    def in_one_pass(self, batch: Batch) -> bool:
+        return False
+
+    def galore_update(self, batch: Batch, control: Tensor) -> None:
+        raise NotImplementedError("in_one_pass says no")
+
+    def quantize_blockwise(self, x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+        from galore_kernels.backends.triton.quantize_blockwise import quantize_blockwise
+
+        return quantize_blockwise(x, signed)
+
+    def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+        from galore_kernels.backends.triton.quantize_blockwise import dequantize_blockwise
+
+        return dequantize_blockwise(codes, absmax, signed)

@@ -1,0 +1,294 @@
+"""The plan of a step: which tensors are updated together, made once and followed until something it rests on changes.
+
+A step of hundreds of tensors is then a handful of calls of the backend. What the plan rests on is looked at in every
+step, without a word to the device: see ``observe``. A plan keeps neither gradients nor moments nor bases alive, so that
+who frees them or moves them elsewhere between two steps gets their memory.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from galore_kernels.ops.adam import AdamOptions, check_adam, check_weight
+from galore_kernels.ops.group import UpdateGroup
+from galore_kernels.ops.projection import check_projection
+from galore_kernels.ops.registry import Backend
+from galore_kernels.optim.counters import Counter, Counters
+from galore_kernels.optim.options import KNOWN, matrix_shape
+from galore_kernels.optim.state import adam_state
+from galore_kernels.optim.update import Update
+
+States = Mapping[Tensor, dict[str, Any]]
+
+_options = itemgetter(*(key for key in KNOWN if key not in ("params", "param_names", "lr", "betas")))
+_dtype, _shape, _layout, _is_leaf = map(attrgetter, ("dtype", "shape", "layout", "is_leaf"))
+
+#: Parameters whose memory a launch may be given. Other subclasses may hold their data elsewhere.
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+
+
+def capturing(devices: Iterable[torch.device]) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may be read from these devices."""
+    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a number there can be read without waiting for work that was enqueued."""
+    return device.type == "cpu"
+
+
+def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence[Tensor | None]) -> object:
+    """What the checks and the plan of a step rest on, in values that are cheap to get and to compare.
+
+    Learning rates and the gradients' addresses, which are new in every step, are left out. Equal to nothing, not to
+    itself either, if an option is a tensor, which may change in place. ``grads``: of all parameters.
+    """
+    options: list[Any] = []
+    for group in groups:
+        values, betas = _options(group), group["betas"]
+        values += tuple(betas) if isinstance(betas, (tuple, list)) else (betas,)
+        kinds = list(map(type, values))
+        if any(issubclass(kind, Tensor) for kind in kinds):
+            return math.nan
+        options.append((kinds, values, len(group["params"])))
+    params = [param for group in groups for param in group["params"]]
+    present = [grad for grad in grads if grad is not None]
+    # One list for each fact, not one tuple for each tensor: a map over a method of C takes a third of the time. A
+    # parameter's address tells its device too. ``.data = `` moves a tensor that stays the same object: who moves a
+    # state so moves all of it, and one address tells.
+    return (
+        options,
+        list(map(id, params)),
+        list(map(Tensor.data_ptr, params)),
+        list(map(_dtype, params)),
+        list(map(_shape, params)),
+        list(map(_is_leaf, params)),
+        [param.is_contiguous() or param.stride() for param in params],
+        [grad is None for grad in grads],
+        list(map(Tensor.get_device, present)),
+        list(map(_dtype, present)),
+        list(map(_layout, present)),
+        list(map(_shape, present)),
+        list(map(Tensor.is_contiguous, present)),
+        list(map(Tensor.is_inference, present)),
+        list(map(id, states)),
+        list(map(id, chain.from_iterable(map(dict.values, states.values())))),
+        [state["exp_avg"].data_ptr() for state in states.values() if state],
+    )
+
+
+class PlannedGroup:
+    """Tensors that one call of a backend updates.
+
+    Args:
+        members: tensors of one parameter group that ``_key`` holds alike, for none of which there is a
+            ``reason_to_be_alone``.
+        states: of all parameters.
+        backend: offers groups.
+        options: those of a step, to check the tensors with.
+        counters: of the optimizer.
+
+    Attributes:
+        params, counters: of each member, in the members' order.
+        ids: of the parameters.
+        group: the parameter group. device: where they are.
+
+    Raises:
+        ValueError: a state's tensor doesn't fit.
+    """
+
+    def __init__(
+        self, members: Sequence[Update], states: States, backend: Backend, options: AdamOptions, counters: Counters
+    ) -> None:
+        if backend.group is None:
+            raise ValueError(f"backend {backend.name} takes tensors one at a time")
+        first = members[0]
+        self.members, self._backend = members, backend
+        self.params = [member.param for member in members]
+        self.ids = frozenset(map(id, self.params))
+        self.group, self.device = first.group, first.param.device
+        self._indices = [member.index for member in members]
+        self._copies = not all(member.grad.is_contiguous() for member in members)
+        side = first.layout.side
+        self._shape = matrix_shape(first.param.shape) if side is not None and first.param.dim() != 2 else None
+        seeds = tuple(seed for member in members if (seed := member.rounding_seed()) is not None)
+        own = [states[param] for param in self.params]
+        group = UpdateGroup(
+            operation="adam8bit_update" if side is None else "galore_update",
+            # A view would keep the memory of a parameter that has moved: none is made where the shape fits.
+            params=tuple(p if self._shape is None else p.detach().view(self._shape) for p in self.params),
+            states=tuple(map(adam_state, own)),
+            bases=() if side is None else tuple(state["basis"] for state in own),
+            side=side or "right",
+            scale=1.0 if side is None else float(first.group["scale"]),
+            rounding_seeds=seeds or None,
+        )
+        _check(group, options)
+        self._update = backend.group(group)
+        self.counters = counters.watch(own)
+        self._gap = None if side is None else first.group["update_proj_gap"]
+        # The replays of a graph count unseen: then every call has to ask.
+        self._always_ask = any(counter.captured for counter in self.counters)
+        self._ask_at = 0
+
+    def due(self, counters: Counters, *, capturing: bool) -> list[Update]:
+        """Members whose subspace has to be refreshed in this step. Reads their steps only where one may be due.
+
+        Raises:
+            RuntimeError: one may be due, and a graph is being captured.
+        """
+        asks = self._always_ask and not capturing
+        if self._gap is None or (self._ask_at > counters.calls and not asks):
+            return []
+        self._ask_at = min(counter.call_of_multiple(self._gap) for counter in self.counters)
+        if self._ask_at > counters.calls and not asks:
+            return []
+        if capturing:
+            raise RuntimeError(
+                f"{self.members[0].name}: its subspace may have to be refreshed in this step, which a CUDA graph "
+                "can't hold; take this step outside of the capture"
+            )
+        counters.update(self.counters)
+        self._ask_at = min(counter.call_of_multiple(self._gap) for counter in self.counters)
+        steps = [counter.steps for counter in self.counters]
+        return [member for member, step in zip(self.members, steps, strict=True) if step % self._gap == 0]
+
+    def without(
+        self, ids: Collection[int], states: States, options: AdamOptions, counters: Counters
+    ) -> PlannedGroup | None:
+        """The group of the members that are not among ``ids``; None if there are none."""
+        if self.ids.isdisjoint(ids):
+            return self
+        rest = [member for member in self.members if id(member.param) not in ids]
+        return PlannedGroup(rest, states, self._backend, options, counters) if rest else None
+
+    def run(self, gradients: Sequence[Tensor | None], options: AdamOptions) -> None:
+        """One step of all members, each with its gradient among those of all parameters."""
+        grads: list[Any] = [gradients[index] for index in self._indices]
+        if self._copies:
+            grads = [grad.contiguous() for grad in grads]
+        if self._shape is not None:
+            grads = [grad.view(self._shape) for grad in grads]
+        if torch.is_autocast_enabled(self.device.type):  # see galore_kernels.ops.library
+            with torch.autocast(self.device.type, enabled=False):
+                self._update(grads, options)
+        else:
+            self._update(grads, options)
+        torch.autograd.graph.increment_version(self.params)
+
+
+class Plan:
+    """The parameters of a step: which are updated in groups, and which alone.
+
+    Args:
+        updates: what has a gradient, checked.
+        states: of all parameters.
+        backends: of each device.
+        options: of a member, for the checks. counters: of the optimizer.
+        capturing: the plan is for a CUDA graph.
+
+    Attributes:
+        groups: calls of a backend. alone: what takes the way through the single operations, in order.
+        watched: on each device where reading makes wait, name and counter of what is updated in groups.
+    """
+
+    def __init__(
+        self,
+        updates: Sequence[Update],
+        states: States,
+        backends: Mapping[torch.device, Backend],
+        options: Callable[[Mapping[str, Any], torch.device], AdamOptions],
+        counters: Counters,
+        *,
+        capturing: bool,
+    ) -> None:
+        self.backends = backends
+        self.alone: list[Update] = []
+        together: dict[tuple[Any, ...], list[Update]] = defaultdict(list)
+        for update in updates:
+            reason = self.reason_to_be_alone(update, states)
+            (self.alone if reason else together[_key(update, states[update.param])]).append(update)
+        if capturing:
+            _refuse_unread([update for members in together.values() for update in members], states, counters)
+        self.groups = [
+            PlannedGroup(
+                members,
+                states,
+                backends[members[0].param.device],
+                options(members[0].group, members[0].param.device),
+                counters,
+            )
+            for members in together.values()
+        ]
+        self.watched: dict[torch.device, list[tuple[str, Counter]]] = defaultdict(list)
+        for group in self.groups:
+            if not reads_are_free(group.device):
+                names = [member.name for member in group.members]
+                self.watched[group.device] += zip(names, group.counters, strict=True)
+        self._seen: object = math.nan
+
+    def reason_to_be_alone(self, update: Update, states: States) -> str | None:
+        """Why ``update`` can't be part of a group in this step; None if it can."""
+        state = states.get(update.param)
+        if self.backends[update.param.device].group is None:
+            return f"backend {self.backends[update.param.device].name} takes tensors one at a time"
+        if not state:
+            return "it has taken no step yet"
+        if state.get("refreshes") == 0:
+            return "it has no subspace yet"
+        if "long_basis" in update.layout.bases:
+            return "both its sides are projected"
+        if type(update.param) not in _PLAIN_TYPES or update.param.is_inference():
+            return "it is no plain parameter"
+        return None if update.param.is_contiguous() else "it is not contiguous"
+
+    def rest_on(self, seen: object, states: States) -> None:
+        """Remembers what the plan was made from, which is what ``observe`` gave."""
+        self._seen = seen
+        # An id says nothing once its owner is gone.
+        self._gone: list[object] = []
+        owners = [*states, *(v for state in states.values() for v in state.values() if isinstance(v, Tensor))]
+        self._references = [weakref.ref(owner, self._gone.append) for owner in owners]
+
+    def holds(self, seen: object, backends: Callable[[torch.device], Backend]) -> bool:
+        """Whether a plan made now would be this one."""
+        return (
+            not self._gone
+            and seen == self._seen
+            and all(backends(device) is backend for device, backend in self.backends.items())
+        )
+
+
+def _key(update: Update, state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What members of one group have in common."""
+    param, layout = update.param, update.layout
+    bases = [state[name].dtype for name in layout.bases]
+    kind = (param.device, param.dtype, param.shape, update.grad.dtype, *bases)
+    return id(update.group), *kind, layout.rank, layout.side, layout.eight_bit, "exp_avg_absmax" in state
+
+
+def _refuse_unread(updates: Iterable[Update], states: States, counters: Counters) -> None:
+    """Raises RuntimeError if a counter would have to be read, which a CUDA graph can't hold."""
+    for update in updates:
+        if counters.of(states[update.param]) is None:
+            raise RuntimeError(f"{update.name}: its step is not known; take a step outside of the capture before it")
+
+
+def _check(group: UpdateGroup, options: AdamOptions) -> None:
+    """Raises ValueError, as the group's operation would, unless every tensor fits."""
+    bases = group.bases or (None,) * len(group.params)
+    for param, state, basis in zip(group.params, group.states, bases, strict=True):
+        check_weight(group.operation, param)
+        numel = param.numel()
+        if basis is not None:
+            numel = math.prod(check_projection(group.operation, param, basis, None, group.side, group.scale))
+        check_adam(group.operation, param, numel, state, options)

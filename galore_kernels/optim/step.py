@@ -1,0 +1,277 @@
+"""A step of the optimizer: everything is checked, then updated, in groups where the backend offers it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from galore_kernels import ops
+from galore_kernels.ops import registry
+from galore_kernels.optim import multi_tensor
+from galore_kernels.optim.counters import Counters
+from galore_kernels.optim.multi_tensor import Plan
+from galore_kernels.optim.options import check_lr, check_param, check_scheduled, matrix_shape
+from galore_kernels.optim.scalars import LearningRates, Unscaling
+from galore_kernels.optim.skip_monitor import SkipMonitor
+from galore_kernels.optim.state import Layout, adam_state
+from galore_kernels.optim.update import Update, refreshed, take_over
+
+
+class NonFiniteGradientWarning(UserWarning):
+    """A tensor's step was skipped because its gradient is NaN, infinite or too large to have a second moment."""
+
+
+class SteppingOptimizer(Optimizer):
+    """What ``GaLoreAdam`` does at a step. What it remembers from one to the next, ``_forget`` may drop at any time."""
+
+    _eight_bit: ClassVar[bool]
+    _backend: str
+
+    # torch.amp.GradScaler then passes grad_scale and found_inf instead of unscaling and skipping itself.
+    _step_supports_amp_scaling = True
+
+    def _forget(self) -> None:
+        # Parameters already updated in a step that raised half-way, with the gradient they were updated by.
+        self._interrupted: list[tuple[Tensor, Tensor, int]] = []
+        self._plan: Plan | None = None
+        # CUDA graphs read what the plans that they were captured from hold.
+        self._captured: list[Plan] = []
+        self._counters = Counters()
+        self._rates = LearningRates()
+        self._monitor = SkipMonitor()
+
+    def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
+        """(index over all groups, name for messages, parameter, group)."""
+        index = 0
+        for group_index, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for position, param in enumerate(group["params"]):
+                name = f"param group {group_index}, parameter {position}"
+                if names is not None:
+                    name += f' ("{names[position]}")'
+                yield index, name, param, group
+                index += 1
+
+    def _layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
+        return Layout.of(param, group, eight_bit=self._eight_bit)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Everything is checked before anything changes. If a call raises half-way (out of memory, say), calling
+        ``step()`` again with the same gradients continues where it stopped, so that no parameter is updated twice.
+        Gradients are the same if nothing has written to them (as autograd counts it: not through ``.data``).
+
+        A tensor whose gradient is NaN, infinite or beyond 1.8e19 is skipped: weight and state stay as they are, a
+        ``NonFiniteGradientWarning`` names it, ``skipped_steps()`` counts it.
+
+        Args:
+            closure: reevaluates the model and returns the loss; run with gradients enabled.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            ValueError: an option out of range, or a sparse, complex or wrongly shaped gradient; names the parameter.
+        """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # GradScaler sets these for the call, and multiplies into what it finds: left behind by a call that failed,
+            # they would unscale the retry twice.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        unscaling = Unscaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        plan, grads, capture = self._planned(unscaling)
+        done = self._resume_interrupted(grads)
+        finished: list[Tensor] = []
+        try:
+            self._update(plan, grads, unscaling, done, finished, capture=capture)
+        except BaseException:
+            self._interrupted += [(p, p.grad, p.grad._version) for p in finished if p.grad is not None]
+            raise
+        finally:
+            self._counters.calls += 1
+        self._interrupted = []
+        return loss
+
+    def _planned(self, unscaling: Unscaling) -> tuple[Plan, list[Tensor | None], bool]:
+        """The step's plan, all parameters' gradients, and whether a CUDA graph is being captured. Changes nothing."""
+        grads = [param.grad for group in self.param_groups for param in group["params"]]
+        plan, self._plan = self._plan, None
+        if (
+            plan is not None
+            and not multi_tensor.capturing(plan.backends)
+            and plan.holds(multi_tensor.observe(self.param_groups, self.state, grads), self._select)
+        ):
+            for index, group in enumerate(self.param_groups):
+                check_lr(group, f"param group {index}")
+            self._plan = plan
+            return plan, grads, False
+        updates = self._collect()
+        backends = {update.param.device: self._select(update.param.device) for update in updates}
+        capture = multi_tensor.capturing(backends)
+        self._counters.keep(self.state.values())
+
+        def options(group: Mapping[str, Any], device: torch.device) -> ops.AdamOptions:
+            return self._options(group, device, unscaling, capture=capture)
+
+        plan = Plan(updates, self.state, backends, options, self._counters, capturing=capture)
+        if capture:
+            self._captured.append(plan)
+        elif plan.groups:
+            plan.rest_on(multi_tensor.observe(self.param_groups, self.state, grads), self.state)
+            self._plan = plan
+        return plan, grads, capture
+
+    def _select(self, device: torch.device) -> registry.Backend:
+        return registry.select("adam8bit_update", self._backend, device)
+
+    def _collect(self) -> list[Update]:
+        for group_index, group in enumerate(self.param_groups):
+            check_scheduled(group, f"param group {group_index}")
+        updates = []
+        for index, name, param, group in self._named_params():
+            if param.grad is None or param.numel() == 0:
+                continue
+            check_param(param, name)
+            updates.append(Update(param, group, index, name, self._layout(param, group)))
+            updates[-1].check(self.state.get(param))
+        return updates
+
+    def _resume_interrupted(self, grads: list[Tensor | None]) -> set[int]:
+        """Parameters to leave out because an interrupted step with these very gradients has updated them."""
+        if not self._interrupted:
+            return set()
+        params = (param for group in self.param_groups for param in group["params"])
+        same = {id(param): grad for param, grad in zip(params, grads, strict=True)}
+        if any(same.get(id(p)) is not g or g._version != version for p, g, version in self._interrupted):
+            self._interrupted = []
+        return {id(param) for param, _, _ in self._interrupted}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. Also gives up an interrupted step: the gradients it would continue with are gone."""
+        self._interrupted = []
+        super().zero_grad(set_to_none)
+
+    def _update(
+        self,
+        plan: Plan,
+        grads: list[Tensor | None],
+        unscaling: Unscaling,
+        done: set[int],
+        finished: list[Tensor],
+        *,
+        capture: bool,
+    ) -> None:
+        """Updates what is not ``done``, and adds to ``finished`` what it has updated."""
+        groups, counters = plan.groups, self._counters
+        alone = plan.alone + [update for group in groups for update in group.due(counters, capturing=capture)]
+        apart = done.union([id(update.param) for update in alone])
+        if capture and alone:
+            raise RuntimeError(
+                f"{alone[0].name}: {plan.reason_to_be_alone(alone[0], self.state)}, so that its step can't be part of "
+                "a CUDA graph; take this step outside of the capture, or leave the parameter out"
+            )
+        for planned in groups:
+            options = self._options(planned.group, planned.device, unscaling, capture=capture)
+            group = planned.without(apart, self.state, options, counters)
+            if group is None:
+                continue
+            group.run(grads, options)
+            finished += group.params
+            if capture:
+                for counter in group.counters:
+                    counter.captured = True
+            elif group.device not in plan.watched:
+                for member, counter in zip(group.members, group.counters, strict=True):
+                    before, counter.skips = counter.skips, int(counter.skipped)
+                    self._report_skip(member.name, before, counter.skips)
+        for update in sorted(alone, key=lambda update: update.index):
+            if id(update.param) not in done:
+                device = update.param.device
+                before, skips = self._apply(update, self._options(update.group, device, unscaling))
+                finished.append(update.param)
+                # Last: a warning may be turned into an exception.
+                self._report_skip(update.name, before, skips)
+        if not capture:
+            for device, watched in plan.watched.items():
+                for name, before, skips in self._monitor.look(counters.calls, device, watched):
+                    self._report_skip(name, before, skips)
+
+    def _options(
+        self, group: Mapping[str, Any], device: torch.device, unscaling: Unscaling, *, capture: bool = False
+    ) -> ops.AdamOptions:
+        """The scalars of a step, but for the rounding's seed, which each tensor has its own of."""
+        return ops.AdamOptions(
+            self._rates.on(device, group["lr"], id(group), capturing=capture),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=group["maximize"],
+            **unscaling.on(device),
+        )
+
+    def _apply(self, update: Update, options: ops.AdamOptions) -> tuple[int, int]:
+        """Updates one parameter. Returns how many of its steps had been skipped as far as is known, and are now."""
+        param, grad, group, layout = update.param, update.grad, update.group, update.layout
+        fresh = not self.state.get(param)
+        state = layout.new_state(param) if fresh else self.state[param]
+        step, skipped = int(state["step"]), int(state["skipped"])
+        options = replace(options, rounding_seed=update.rounding_seed())
+        changed: dict[str, Any] = {}
+        if layout.side is None:
+            ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
+        else:
+            changed = refreshed(update, state)
+            bases = {**state, **changed}
+            shape = matrix_shape(param.shape)
+            weight = param.reshape(shape)
+            ops.galore_update(
+                weight,
+                grad.reshape(shape),
+                bases["basis"],
+                adam_state(state),
+                options,
+                side=layout.side,
+                scale=float(group["scale"]),
+                long_basis=bases.get("long_basis"),
+                backend=self._backend,
+            )
+            if weight.data_ptr() != param.data_ptr():
+                param.copy_(weight.view(param.shape))
+        # Only now, when nothing can fail any more: a step that raised has changed nothing of this parameter. A skipped
+        # step hasn't either: a basis found in a gradient that is not used goes with it.
+        steps, skips = int(state["step"]), int(state["skipped"])
+        if steps > step:
+            take_over(state, changed)
+        if fresh and (steps > step or skips):
+            self.state[param] = state
+        if param in self.state and self._select(param.device).group is not None:
+            skipped = self._counters.note(state, steps, skipped, skips)
+        return skipped, skips
+
+    def _report_skip(self, name: str, before: int, skipped: int) -> None:
+        # At 1, 2, 4, 8, ... skipped steps: a broken run is told of it without being drowned in it.
+        if skipped.bit_length() > before.bit_length():
+            warnings.warn(
+                f"{name}: its gradient is NaN, infinite or beyond 1.8e19; its step was skipped, weight and state are "
+                f"unchanged ({skipped} skipped so far)",
+                NonFiniteGradientWarning,
+                stacklevel=7,  # _update, _step, step and torch's two wrappers of it lie between here and the caller
+            )
