@@ -272,7 +272,7 @@ def test_a_refused_checkpoint_does_not_disturb_a_step_that_is_to_be_retried(monk
     calls = []
     apply = GaLoreAdam._apply
 
-    def fails_third(self: GaLoreAdam, *args: Any) -> int:
+    def fails_third(self: GaLoreAdam, *args: Any) -> tuple[int, int]:
         calls.append(args)
         if len(calls) == 3:
             raise MemoryError

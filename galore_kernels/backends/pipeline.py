@@ -324,4 +324,6 @@ class _PreparedGroup:
         if batch.gradients == gradients:
             return batch
         self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, gradients)
+        if batch.aligned and not any([gradient % ALIGNMENT for gradient in gradients]):
+            return replace(batch, gradients=gradients)
         return replace(make_batch(self._group, grads), table=batch.table)
