@@ -171,20 +171,28 @@ def make_batch(group: UpdateGroup, grads: Sequence[Tensor]) -> Batch:
     )
 
 
+@dataclass(frozen=True)
 class _Scratch:
-    """What the stages of one batch pass to one another."""
+    """What the stages of one batch pass to one another. ``projected`` is ``lowrank`` unless both sides are projected."""
 
-    def __init__(self, batch: Batch, long_basis: Tensor | None) -> None:
-        shape = (batch.count, batch.moments)
-        long, _ = batch.long_short()
-        self.control = new_control(batch)
-        self.lowrank = torch.empty(shape, dtype=torch.float32, device=batch.device)
+    control: Tensor
+    projected: Tensor
+    lowrank: Tensor
+    direction: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, count: int, long_basis: Tensor | None) -> _Scratch:
+        """For up to ``count`` tensors of the batch at a time; for one with a ``long_basis``."""
+        control = new_control(batch)[:count]
+        lowrank = torch.empty((count, batch.moments), dtype=torch.float32, device=batch.device)
         if long_basis is None:
-            self.projected = self.lowrank
-            self.direction = torch.empty(shape, dtype=batch.basis_dtype, device=batch.device)
-        else:
-            self.projected = torch.empty((1, long * batch.rank), dtype=torch.float32, device=batch.device)
-            self.direction = self.lowrank
+            return cls(control, lowrank, lowrank, torch.empty_like(lowrank, dtype=batch.basis_dtype))
+        projected = torch.empty((1, batch.long_short()[0] * batch.rank), dtype=torch.float32, device=batch.device)
+        return cls(control, projected, lowrank, lowrank)
+
+    def first(self, count: int) -> _Scratch:
+        """The part of ``count`` tensors."""
+        return _Scratch(self.control[:count], self.projected[:count], self.lowrank[:count], self.direction[:count])
 
 
 def new_control(batch: Batch) -> Tensor:
@@ -237,7 +245,7 @@ class Pipeline:
         weight, grad = param.contiguous(), lowrank_grad.contiguous()
         group = UpdateGroup("lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options))
         batch = make_batch(group, (grad,))
-        scratch = _Scratch(batch, long_basis)
+        scratch = _Scratch.of(batch, 1, long_basis)
         self.stages.prepare(batch, scratch.control, options, scale)
         self.stages.scale_and_check(grad.view(1, -1), scratch.control, scratch.lowrank)
         self._from_lowrank(batch, scratch, long_basis)
@@ -269,8 +277,11 @@ class Pipeline:
             self.stages.galore_update(batch, control)
             return
         bytes_each = batch.moments * (torch.float32.itemsize + batch.basis_dtype.itemsize)
-        for part in batch.parts(max(1, WORKSPACE_BYTES // max(1, bytes_each))):
-            scratch = _Scratch(part, long_basis)
+        at_once = min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
+        # Allocated once, before the first tensor changes.
+        all_scratch = _Scratch.of(batch, at_once, long_basis)
+        for part in batch.parts(at_once):
+            scratch = all_scratch.first(part.count)
             self.stages.prepare(part, scratch.control, options, scale)
             self.stages.project(part, scratch.control, scratch.projected, final=long_basis is None)
             if long_basis is not None:
