@@ -173,7 +173,7 @@ def make_batch(group: UpdateGroup, grads: Sequence[Tensor]) -> Batch:
 
 @dataclass(frozen=True)
 class _Scratch:
-    """What the stages of one batch pass to one another. ``projected`` is ``lowrank`` unless both sides are projected."""
+    """What the stages of one batch pass to one another; ``projected`` is ``lowrank`` unless both sides are projected."""
 
     control: Tensor
     projected: Tensor
@@ -335,6 +335,6 @@ class _PreparedGroup:
         if batch.gradients == gradients:
             return batch
         self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, gradients)
-        if batch.aligned and not any([gradient % ALIGNMENT for gradient in gradients]):
+        if batch.aligned and not any(gradient % ALIGNMENT for gradient in gradients):
             return replace(batch, gradients=gradients)
         return replace(make_batch(self._group, grads), table=batch.table)
