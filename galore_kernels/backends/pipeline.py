@@ -173,7 +173,7 @@ def make_batch(group: UpdateGroup, grads: Sequence[Tensor]) -> Batch:
 
 @dataclass(frozen=True)
 class _Scratch:
-    """What the stages of one batch pass to one another; ``projected`` is ``lowrank`` unless both sides are projected."""
+    """What stages of one batch pass to one another; ``projected`` is ``lowrank`` unless both sides are projected."""
 
     control: Tensor
     projected: Tensor

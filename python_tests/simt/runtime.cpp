@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <map>
+#include <mutex>
 
 namespace {
 
@@ -9,6 +10,9 @@ constexpr int kMultiprocessors = 4;
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024, kSharedPerBlock = 99 * 1024;
 
 std::map<const void*, std::size_t> allowed;
+
+// The bindings launch without Python's lock, and one grid is executed at a time.
+std::mutex one_at_a_time;
 
 }  // namespace
 
@@ -45,6 +49,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
     if (static_cast<std::size_t>(value) > kSharedPerBlock) return cudaErrorInvalidValue;
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
     allowed[kernel] = static_cast<std::size_t>(value);
     return cudaSuccess;
 }
@@ -59,6 +64,7 @@ cudaError_t simt_launch(const void* kernel, const std::function<void()>& body, c
     if (blocks == 0 || threads == 0 || threads > 1024 || threads % simt::kWarp != 0) {
         return cudaErrorInvalidConfiguration;
     }
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
     const auto limit = allowed.find(kernel);
     if (config.dynamicSmemBytes > (limit == allowed.end() ? kSharedWithoutAsking : limit->second)) {
         return cudaErrorInvalidValue;
