@@ -209,6 +209,18 @@ def test_a_bad_tensor_is_refused_in_any_step_and_nothing_changes(grouped: Groupi
     assert_same_snapshot(snapshot(optimizer, params), before)
 
 
+def test_a_sparse_gradient_after_a_strided_one(grouped: Grouping) -> None:
+    (optimizer, params), _ = pair()
+    train(optimizer, params, range(1))
+    for step in (1, 2):
+        set_grads(params, step)
+        params["wide1"].grad = torch.ones(300, 20).T
+        optimizer.step()
+    sparse(params)
+    with pytest.raises(ValueError, match="densify"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
