@@ -19,7 +19,7 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
     Args:
         params: parameters, (name, parameter) pairs, or groups with any of the options below as keys; a group's
             value overrides the constructor's.
-        lr: learning rate >= 0, a float or a 0-d tensor.
+        lr: learning rate >= 0, a float or a 0-d tensor. A tensor on a GPU is used where it is, and not checked.
         betas: decay rates of the moments, in [0, 1).
         eps: added to sqrt(v) before bias correction, as galore_torch does; >= 0.
         weight_decay: decoupled decay, ``lr * weight_decay * w`` after the update; >= 0.
@@ -33,7 +33,7 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
         maximize: ascend instead of descend.
         project_nd: project tensors of three and more dimensions (convolutions) as (first, rest) matrices.
         seed: of the refresh's sketches and of stochastic rounding.
-        backend: "auto", "cpu" or "reference"; see ``galore_kernels.backend_info()``.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; see ``galore_kernels.backend_info()``.
 
     Raises:
         ValueError, TypeError: an argument out of range; names argument, group and remedy.

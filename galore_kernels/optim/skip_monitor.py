@@ -9,8 +9,8 @@ from torch import Tensor
 
 from galore_kernels.optim.counters import Counter
 
-#: Calls between two looks. A look at the 291 tensors of a 7B model costs the host about as much as a tenth of a step;
-#: a run whose gradients are broken has told of it within seconds all the same.
+#: Calls between two looks. To gather the counters of a 7B model's 291 tensors takes the host about 0.1 ms, which is not
+#: to be had in every step; a run whose gradients are broken is told of it within seconds all the same.
 CALLS_BETWEEN_LOOKS = 16
 
 Watched = Sequence[tuple[str, Counter]]

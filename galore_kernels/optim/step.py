@@ -70,7 +70,14 @@ class SteppingOptimizer(Optimizer):
         Gradients are the same if nothing has written to them (as autograd counts it: not through ``.data``).
 
         A tensor whose gradient is NaN, infinite or beyond 1.8e19 is skipped: weight and state stay as they are, a
-        ``NonFiniteGradientWarning`` names it, ``skipped_steps()`` counts it.
+        ``NonFiniteGradientWarning`` names it, ``skipped_steps()`` counts it. On a GPU the warning comes some steps
+        late, for nothing is read from it but in the steps that refresh a subspace, in those that make a state, and in
+        those of tensors that can't be grouped with others (strided ones, and both sides projected).
+
+        Other steps can be captured in a CUDA graph. Its replays read the learning rate from the tensor on the GPU that
+        ``lr`` was at the capture (a number, or a tensor on the CPU, is part of the graph), and count, but refresh
+        nothing: for that call ``step()`` itself whenever the number of steps taken is a multiple of
+        ``update_proj_gap``. Replays then use the new basis. Capture anew after ``load_state_dict``.
 
         Args:
             closure: reevaluates the model and returns the loss; run with gradients enabled.
@@ -80,6 +87,7 @@ class SteppingOptimizer(Optimizer):
 
         Raises:
             ValueError: an option out of range, or a sparse, complex or wrongly shaped gradient; names the parameter.
+            RuntimeError: the step is being captured in a CUDA graph, and can't be; names the parameter.
         """
         try:
             return self._step(closure)
