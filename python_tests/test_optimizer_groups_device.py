@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -112,6 +113,33 @@ def test_a_skip_is_reported_at_once_where_reading_is_free(monkeypatch: pytest.Mo
     assert [warning.filename for warning in caught] == [__file__]
 
 
+def test_reports_of_a_group_thin_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    (optimizer, params), _ = pair()
+    train(optimizer, params, range(1))
+    reported = []
+    for step in range(1, 10):
+        set_grads(params, step)
+        params["norm1"].grad = torch.full_like(params["norm1"], math.nan)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        reported += [step] * len(caught)
+    assert reported == [1, 2, 4, 8]
+
+
+def test_a_skip_that_a_refresh_comes_upon_is_reported_then(device: Grouping) -> None:
+    (optimizer, params), _ = pair()
+    for step in range(5):
+        set_grads(params, step)
+        if step == 2:  # after the monitor's first look, long before its second
+            params["tall1"].grad = torch.full_like(params["tall1"], math.nan)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert ["tall1" in str(warning.message) for warning in caught] == [True] * (step == 4)
+
+
 def test_a_skip_on_a_device_is_reported_later_and_once(device: Grouping) -> None:
     (optimizer, params), _ = pair()
     reports: list[tuple[int, str]] = []
@@ -163,6 +191,26 @@ def test_after_a_failure_new_gradients_are_a_new_step(grouped: Grouping) -> None
     set_grads(params, 3)
     optimizer.step()
     assert sorted(float(optimizer.state[param]["step"]) for param in params.values()) == [3.0] * 12 + [4.0] * 3
+
+
+def test_after_a_failure_a_loaded_state_is_a_new_start(grouped: Grouping) -> None:
+    both = pair()
+    for optimizer, params in both:
+        train(optimizer, params, range(2))
+        set_grads(params, 2)
+    (optimizer, params), (alone, alone_params) = both
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = {name: param.detach().clone() for name, param in params.items()}
+    grouped.fail_at = len(grouped.calls) + 2
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(weights[name])
+    optimizer.step()
+    alone.step()
+    compare(both)
 
 
 # ---------------------------------------------------------------------- checks
@@ -273,6 +321,7 @@ def test_a_captured_step_reads_nothing_and_its_replays_are_counted(
         assert len(device.made) == made + 5  # a plan of its own
         made += 5
     train(alone, alone_params, [1])
+    bases = {name: optimizer.state[param].get("basis") for name, param in params.items()}
     # A replay does what the capture did, to the same memory.
     device.calls.clear()
     with torch.no_grad():
@@ -284,6 +333,8 @@ def test_a_captured_step_reads_nothing_and_its_replays_are_counted(
     train(optimizer, params, range(3, 9))
     train(alone, alone_params, range(3, 9))
     compare(both)
+    # A graph goes on reading the memory that the bases had.
+    assert all(optimizer.state[params[name]].get("basis") is basis for name, basis in bases.items())
 
 
 @pytest.mark.parametrize("what", ["fresh", "refresh", "strided", "unknown"])

@@ -138,7 +138,9 @@ def test_learning_rates_on_a_device() -> None:
     rates = LearningRates()
     first = rates.on(CPU, 0.1, 1)
     assert first.dtype == torch.float64
+    version = first._version
     assert rates.on(CPU, 0.1, 1) is first
+    assert first._version == version  # nothing was written
     assert rates.on(CPU, 0.1, 2) is not first  # each group's own: they may part
     assert rates.on(CPU, 0.2, 1) is first
     assert float(first) == 0.2
