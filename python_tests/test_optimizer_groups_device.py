@@ -198,7 +198,7 @@ def test_after_a_failure_a_loaded_state_is_a_new_start(grouped: Grouping) -> Non
     for optimizer, params in both:
         train(optimizer, params, range(2))
         set_grads(params, 2)
-    (optimizer, params), (alone, alone_params) = both
+    (optimizer, params), (alone, _) = both
     saved = copy.deepcopy(optimizer.state_dict())
     weights = {name: param.detach().clone() for name, param in params.items()}
     grouped.fail_at = len(grouped.calls) + 2
