@@ -114,6 +114,7 @@ def _batch(
         basis_dtype=basis,
         eight_bit=eight_bit,
         stochastic=stochastic,
+        fixed_aligned=aligned,
         aligned=aligned,
         device=_CPU,
     )
@@ -171,9 +172,8 @@ def _call(case: Case) -> None:
         options = AdamOptions(one, grad_scale=one.double(), found_inf=one)
         stages.prepare(batch, control, options, 0.25)
     elif case.stage == "project":
-        stages.project(batch, control, lowrank, final=True)
-        with configuration.override(splits=4):
-            stages.project(batch, control, lowrank, final=True)
+        for partial in (None, torch.empty((4, *lowrank.shape))):
+            stages.project(batch, control, lowrank, partial, final=True)
     elif case.stage == "scale_and_check":
         stages.scale_and_check(direction, control, lowrank)
     elif case.stage == "lowrank_adam":

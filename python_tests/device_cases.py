@@ -13,7 +13,7 @@ import tolerances
 import torch
 from update_cases import assert_same_bits, assert_same_state, f64, moments, options, oracle_scalars, tensors, warm_state
 
-from galore_kernels.backends.pipeline import Batch, make_batch
+from galore_kernels.backends.pipeline import Batch, make_batch, with_gradients
 from galore_kernels.ops import AdamOptions, AdamState, galore_update, registry
 from galore_kernels.ops.group import UpdateGroup
 
@@ -92,7 +92,7 @@ def update_together(cases: Sequence[Case], o: AdamOptions, backend: str) -> Batc
     group = registry.select("galore_update", backend, cases[0].param.device).group
     assert group is not None
     group(group_of(cases))([case.grad for case in cases], o)
-    return make_batch(group_of(cases), [case.grad for case in cases])
+    return with_gradients(make_batch(group_of(cases)), [case.grad for case in cases])
 
 
 def enough_for_one_pass(long: int, device: torch.device) -> int:

@@ -21,6 +21,7 @@ from device_cases import (
 from test_galore_update import SIDES
 from torch import Tensor
 from update_cases import (
+    assert_almost_same,
     assert_close,
     assert_codes_almost_equal,
     assert_same_bits,
@@ -37,9 +38,10 @@ from galore_kernels.ops import AdamState, adam8bit_update, registry
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.quantizers import BLOCK_SIZE
 
-#: Long and short dimension and rank; what every test of this file may take, in one launch or in four.
+#: Long and short dimension and rank; what every test of this file may take, in one launch or in four. Each short
+#: dimension is one whose sums are never split, so that a matrix gives the same bits alone and in any group.
 SHAPES = [
-    (4096, 1024, 128),  # whole tiles
+    (4096, 960, 128),  # whole tiles
     (4040, 1000, 120),  # tails of both dimensions and of the rank, in whole chunks of 16 bytes
     (1037, 515, 33),  # of no chunk: four launches, single elements
 ]
@@ -99,6 +101,17 @@ def test_a_group_is_its_matrices_to_the_bit(
         for i, case in enumerate(alone):
             case.update(o, name)
             assert_same(cases[i], case, f"{i}")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_matrix_whose_sums_are_split_when_it_is_alone(device: torch.device, name: str, side: str) -> None:
+    cases = [Case(2048, 2048, 128, side, seed).on(device) for seed in range(9)]
+    alone = [case.on(device) for case in cases]
+    o = options_on(device, weight_decay=0.1, grad_scale=3.0)
+    update_together(cases, o, name)
+    for i, case in enumerate(alone):
+        case.update(o, name)
+        assert_almost_same(cases[i].param, cases[i].state, case.param, case.state, f"{i}")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +15,12 @@ from simt_backend import simt_pipeline
 from stand_ins import serving
 from test_galore_update import SIDES, Problem, check_against_float64, make_problem
 from torch import Tensor
-from update_cases import assert_same_bits, assert_same_state, clone, options, warm_state
+from update_cases import assert_almost_same, assert_same_bits, assert_same_state, clone, options, warm_state
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
 from galore_kernels.backends import pipeline as pipeline_module
-from galore_kernels.backends.cuda import CudaStages
-from galore_kernels.backends.pipeline import Pipeline, make_batch
+from galore_kernels.backends.cuda import CudaStages, make_backend
+from galore_kernels.backends.pipeline import Pipeline, make_batch, with_gradients
 from galore_kernels.ops import AdamState, registry
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.optim.state import adam_state
@@ -60,9 +61,16 @@ def group_of(problems: list[Problem], seeds: tuple[int, ...] | None = None) -> U
     )
 
 
+def batch_of(problems: list[Problem]) -> pipeline_module.Batch:
+    return with_gradients(make_batch(group_of(problems)), [p.grad for p in problems])
+
+
 def takes_one_pass(pipeline: Pipeline, problems: list[Problem]) -> bool:
-    batch = make_batch(group_of(problems), [p.grad for p in problems])
-    return pipeline.stages.in_one_pass(pipeline.tabled(batch))
+    return pipeline.stages.in_one_pass(pipeline.tabled(batch_of(problems)))
+
+
+def splits(pipeline: Pipeline, problems: list[Problem]) -> int:
+    return pipeline.stages.project_splits(pipeline.tabled(batch_of(problems)))
 
 
 def solved(pipeline: Pipeline, p: Problem) -> tuple[Tensor, AdamState]:
@@ -239,12 +247,61 @@ def test_the_short_dimension_is_split(cuda_stand_in: str, pipeline: Pipeline, si
     # 1100: more than two of the shortest parts, and no multiple of a tile.
     for rank, eight_bit in itertools.product((5, 8), (False, True)):
         p = oriented(40, 1100, rank, side, dtype, eight_bit=eight_bit, grad_scale=3.0, maximize=True)
-        batch = make_batch(group_of([p]), [p.grad])
-        native = simt.load()
-        stages = pipeline.stages
-        assert isinstance(stages, CudaStages)
-        assert native.cuda_project_splits(stages._native_batch(batch), 0) > 1
+        assert splits(pipeline, [p]) > 1
         check_against_float64(p, cuda_stand_in, f"rank {rank}, 8-bit: {eight_bit}")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_matrix_alone_sums_in_another_order_than_in_a_group(pipeline: Pipeline, side: str) -> None:
+    problems = [oriented(128, 1104, 16, side, BF16, eight_bit=True, weight_decay=0.1) for _ in range(3)]
+    assert takes_one_pass(pipeline, problems)
+    assert not takes_one_pass(pipeline, problems[:1])
+    assert splits(pipeline, problems[:1]) > 1
+    group = group_of(problems)
+    pipeline.group(group)([p.grad for p in problems], problems[0].options)
+    for i, p in enumerate(problems):
+        param, state = solved(pipeline, p)
+        assert_almost_same(group.params[i], group.states[i], param, state, f"{i}")
+
+
+def test_the_memory_of_split_sums_is_there_before_anything_changes(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [oriented(40, 1104, 12, "right", BF16, eight_bit=True) for _ in range(9)]
+    each = problems[0].state.exp_avg.numel() * 6
+    monkeypatch.setattr(pipeline_module, "WORKSPACE_BYTES", 8 * each)  # eight, which aren't split, and one, which is
+    assert splits(pipeline, problems[:8]) == 1
+    assert splits(pipeline, problems[:1]) > 1
+
+    def no_memory(pipeline: Pipeline, batch: pipeline_module.Batch) -> None:
+        if batch.count == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(Pipeline, "_partial_sums", no_memory)
+    group = group_of(problems)
+    with pytest.raises(MemoryError):
+        pipeline.group(group)([p.grad for p in problems], problems[0].options)
+    for i, p in enumerate(problems):
+        assert_same_bits(group.params[i], p.param, "param")
+        assert_same_state(group.states[i], p.state)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_float32_products_stay_accurate_in_long_sums(pipeline: Pipeline, side: str) -> None:
+    # Matrix units cut off, and so does the emulation: a chain of 256 such sums would be off by hundreds of roundings.
+    p = oriented(40, 4096, 8, side, torch.float32)
+    p.grad.abs_()
+    p.basis.abs_()
+    group = group_of([p])  # a batch knows addresses only
+    batch = with_gradients(make_batch(group), [p.grad])
+    control = pipeline_module.new_control(batch)
+    lowrank = torch.empty((1, 40 * 8))
+    pipeline.stages.prepare(batch, control, p.options, 1.0)
+    pipeline.stages.project(batch, control, lowrank, None, final=False)
+    grad = p.grad if side == "right" else p.grad.T
+    exact = grad.double() @ p.basis.double()
+    worst = float(((lowrank.view(40, 8).double() - exact) / exact).abs().max())
+    assert worst < 16 * 2.0**-24
 
 
 def test_a_split_projection_finds_bad_gradients(pipeline: Pipeline) -> None:
@@ -263,3 +320,31 @@ def test_a_split_projection_finds_bad_gradients(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize("rank", [129, 264])  # one column past a tile; more than two tiles, aligned
 def test_ranks_beyond_a_tile(cuda_stand_in: str, side: str, dtype: torch.dtype, rank: int) -> None:
     check_against_float64(oriented(136, 272, rank, side, dtype, eight_bit=True), cuda_stand_in, f"rank {rank}")
+
+
+# --- devices that can't run them
+
+
+def test_a_device_without_the_kernels_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Native:
+        def cuda_device_error(self, index: int) -> str:
+            asked.append(index)
+            return "" if index == 0 else "no kernel image is available for execution on the device"
+
+        def build_info(self) -> dict[str, Any]:
+            return {"cuda_archs": ["80"]}
+
+    backend = make_backend(Native(), "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for _ in range(2):
+        assert backend.refuses(torch.device("cuda", 0)) is None
+        for device in ("cuda", "cuda:1"):
+            assert re.search("device 1 .*no kernel image", str(backend.refuses(torch.device(device))))
+    assert "tensors only" in str(backend.refuses(torch.device("cpu")))
+    assert asked == [0, 1]
+    assert "no kernel image" in backend.describe()["reason"]
+    assert simt.load().cuda_device_error(0) == ""
+    assert "ordinal" in simt.load().cuda_device_error(1)

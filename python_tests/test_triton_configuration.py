@@ -28,6 +28,7 @@ def batch(rank: int, dtype: torch.dtype = torch.bfloat16, *, aligned: bool = Tru
         "basis_dtype": dtype,
         "eight_bit": True,
         "stochastic": False,
+        "fixed_aligned": aligned,
         "aligned": aligned,
         "device": torch.device("cpu"),
     }
@@ -147,9 +148,9 @@ def test_splits_fill_the_device(
     monkeypatch.setattr(project, "multiprocessors", lambda device: processors)
     many = batch(128, shape=shape, addresses=((16,) * 9,) * count, gradients=(16,) * count)
     with override(architecture="sm_90"):
-        assert project.splits_for(many, configuration.project_tile(many)) == expected
+        assert project.project_splits(many) == expected
         with override(splits=5):
-            assert project.splits_for(many, configuration.project_tile(many)) == 5
+            assert project.project_splits(many) == 5
 
 
 # --- overriding

@@ -18,7 +18,7 @@ from update_cases import assert_same_bits, assert_same_state, bits, clone, optio
 
 from galore_kernels import ops
 from galore_kernels.backends import pipeline
-from galore_kernels.backends.pipeline import make_batch, new_control
+from galore_kernels.backends.pipeline import make_batch, new_control, with_gradients
 from galore_kernels.backends.triton import code_tables, configuration
 from galore_kernels.backends.triton.stages import TritonStages
 from galore_kernels.ops import AdamOptions, AdamState
@@ -109,7 +109,7 @@ def control_of(step: int, o: AdamOptions, scale: float = 1.0) -> np.ndarray[Any,
     state = AdamState.zeros((4,), eight_bit=False, device=DEVICE)
     state.step.fill_(step)
     param = torch.zeros(4, device=DEVICE)
-    batch = make_batch(UpdateGroup("adam8bit_update", (param,), (state,)), (param,))
+    batch = with_gradients(make_batch(UpdateGroup("adam8bit_update", (param,), (state,))), (param,))
     control = new_control(batch)
     TritonStages().prepare(batch, control, moved_options(o), scale)
     return control.cpu().view(torch.float32).numpy()[0]
@@ -323,7 +323,7 @@ def test_the_table_of_another_batch_is_not_used() -> None:
         ops.adam8bit_update(expected, grad, expected_state, options(), backend="reference")
         weight, there = param.to(DEVICE), moved_state(state)
         gradient = grad.to(DEVICE)
-        batch = make_batch(UpdateGroup("adam8bit_update", (weight,), (there,)), (gradient,))
+        batch = with_gradients(make_batch(UpdateGroup("adam8bit_update", (weight,), (there,))), (gradient,))
         moved.append((batch, new_control(batch), weight, there, expected, expected_state, gradient))
     for batch, control, *_ in moved:
         stages.prepare(batch, control, moved_options(options()), 1.0)

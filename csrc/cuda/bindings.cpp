@@ -188,6 +188,13 @@ void bind_cuda(py::module_& module) {
              "weight_dtype"_a, "grad_dtype"_a, "basis_dtype"_a, "eight_bit"_a, "stochastic"_a, "aligned"_a);
     bind_stages(module);
     module.def(
+        "cuda_device_error",
+        [](int device) {
+            const cudaError_t error = gk::cuda::usable(device);
+            return std::string(error == cudaSuccess ? "" : cudaGetErrorString(error));
+        },
+        "device"_a, "Why the kernels can't run on the device; empty if they can.");
+    module.def(
         "cuda_launch_shapes",
         [] {
             namespace cuda = gk::cuda;

@@ -24,7 +24,7 @@ __device__ __forceinline__ std::uint32_t to_bits16(float x, DType dtype) {
     return dtype == DType::bfloat16 ? float_to_bf16(x) : float_to_fp16(x);
 }
 
-// x[k] = element first + k, 0 from `count` on. `vector`: first is a multiple of 8 and source of 16 bytes.
+// x[k] = element first + k, 0 from `count` on. `vector`: its address is a multiple of 16 bytes.
 __device__ __forceinline__ void load8(float (&x)[kEight], const void* source, index_t first, index_t count, DType dtype,
                                       bool vector) {
     if (!vector || count < kEight) {

@@ -25,7 +25,7 @@ constexpr int kShortTile = 64;        // short indices in a stage of either prod
 constexpr int kDirectionChunks = 16;  // 128 ranks of 16 bits
 constexpr int kRankMultiple = 8;  // whole chunks of the basis and of U; half a panel is then whole blocks of moments
 static_assert(kHalfPanel * kRankMultiple % kQuantBlock == 0);
-static_assert(kHalfPanel * kTileEdge * sizeof(float) <= kRegionBytes && sizeof(CodeTables) <= kRegionBytes);
+static_assert(kHalfPanel * kTileEdge * sizeof(float) <= kRegionBytes && sizeof(CodeTables) <= kRegionBytes / 2);
 
 // What the stages of one panel share.
 template <DType kind, Side side>

@@ -17,6 +17,9 @@ struct LaunchShape {
 extern const LaunchShape kWriteColumnShape, kPrepareShape, kProjectShape, kScaleAndCheckShape, kLowrankAdamShape,
     kBackProjectUpdateShape, kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape;
 
+// Whether the device and its driver can run the kernels: what asking for one gives.
+cudaError_t usable(int device);
+
 // A number on the device, null where there is none.
 struct Scalar {
     const void* data;

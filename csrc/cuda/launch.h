@@ -37,6 +37,8 @@ struct Queue {
     cudaStream_t stream;
 };
 
+constexpr index_t kMostBlocks = 0x7fffffff;
+
 struct Grid {
     index_t blocks;
     int threads;
@@ -56,6 +58,8 @@ cudaError_t allow_shared(void (*kernel)(Parameters...), std::size_t bytes) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, const Queue& queue, Arguments... arguments) {
+    // The kernels decode their block's number in 32 bits: a division in 64 is a subroutine.
+    if (grid.blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
     const DeviceGuard guard(queue.device);
     if (guard.error() != cudaSuccess) return guard.error();
     const cudaError_t allowed = allow_shared(kernel, grid.shared_bytes);
@@ -79,7 +83,6 @@ inline int device_attribute(int device, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
-// A launch has fewer than 2^31 blocks, so their numbers are decoded in 32 bits: a division in 64 is a subroutine.
 GK_HOST_DEVICE constexpr index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
 }  // namespace gk::cuda

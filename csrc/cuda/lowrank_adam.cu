@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads)
                            Control* control, float* lowrank, int blocks_each) {
     const int tensor = static_cast<int>(blockIdx.x / blocks_each);
     const int part = static_cast<int>(blockIdx.x % blocks_each);
+    if (control[tensor].skip & kSkipFoundInf) return;  // nothing has been projected
     const float scale = scaled ? control[tensor].coefficients.gradient_scale : 1.0f;
     bool bad = false;
     for (index_t i = static_cast<index_t>(part) * kThreads + threadIdx.x; i < elements;

@@ -58,6 +58,13 @@ cudaError_t write_column(std::uint64_t* table, index_t columns, index_t column, 
     return cudaSuccess;
 }
 
+cudaError_t usable(int device) {
+    const DeviceGuard guard(device);
+    if (guard.error() != cudaSuccess) return guard.error();
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, prepare_kernel);
+}
+
 cudaError_t prepare(const Batch& batch, const StepScalars& scalars, Control* control, const Queue& queue) {
     return launch(prepare_kernel, Grid{divide_up(batch.count, kThreads), kThreads}, queue, batch, scalars, control);
 }

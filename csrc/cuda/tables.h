@@ -6,7 +6,7 @@
 
 namespace gk::cuda {
 
-// Not __global__: that memory serves a warp's lanes one address at a time.
+// Not __constant__: that memory serves a warp's lanes one address at a time.
 static __device__ const DynamicMap global_signed_map = make_dynamic_map(true);
 static __device__ const DynamicMap global_unsigned_map = make_dynamic_map(false);
 

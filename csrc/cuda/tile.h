@@ -8,8 +8,12 @@
 // Two kinds of arithmetic. 16-bit operands of one dtype go to the matrix units as they are. Everything else is fp32 in
 // shared memory, and each fp32 number the sum of three bf16 numbers (8 + 8 + 8 significant bits): of the nine products
 // the six largest are added, which leaves an error of a few 2^-24, at the cost that three tf32 products would have,
-// whose splitting in two leaves 2^-22.
+// whose splitting in two leaves 2^-22. The matrix units cut off what an accumulator has no bits for (Ootomo
+// and Yokota 2022, "Recovering single precision accuracy from Tensor Cores"), which in a long sum is a bias far above
+// that: the products of sixteen indices are summed there, and the sums of these by ordinary additions.
 #pragma once
+
+#include <type_traits>
 
 #include "core/rounding.h"
 #include "cuda/batch.h"
@@ -201,12 +205,18 @@ __device__ __forceinline__ void multiply_fragments(float (&c0)[4], float (&c1)[4
 template <DType kind>
 __device__ __forceinline__ void multiply_fragments(float (&c0)[4], float (&c1)[4], const SplitFragment& a,
                                                    const SplitFragment& b) {
+    float sum0[4] = {}, sum1[4] = {};
 #pragma unroll
     for (int size = 2; size >= 0; --size) {
 #pragma unroll
         for (int p = 0; p <= size; ++p) {
-            multiply_fragments<DType::bfloat16>(c0, c1, a.part[p], b.part[size - p]);
+            multiply_fragments<DType::bfloat16>(sum0, sum1, a.part[p], b.part[size - p]);
         }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        c0[i] += sum0[i];
+        c1[i] += sum1[i];
     }
 }
 
@@ -238,30 +248,16 @@ template <DType kind, class First, class Second, int kM, int kN>
 __device__ __forceinline__ void multiply_step(Accumulators<kM, kN>& c, const unsigned char* first,
                                               const unsigned char* second, int row0, int column0, int k0) {
     static_assert(kN % 2 == 0, "a fragment of the second operand has two blocks of columns");
-    if constexpr (Operand<kind>::kIs16Bit) {
-        Fragment b[kN / 2];
+    std::conditional_t<Operand<kind>::kIs16Bit, Fragment, SplitFragment> b[kN / 2];
 #pragma unroll
-        for (int n = 0; n < kN / 2; ++n) {
-            b[n] = second_fragment<kind, Second::kTransposed, Second::kChunks>(second, column0, n, k0);
-        }
+    for (int n = 0; n < kN / 2; ++n) {
+        b[n] = second_fragment<kind, Second::kTransposed, Second::kChunks>(second, column0, n, k0);
+    }
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            const Fragment a = first_fragment<kind, First::kTransposed, First::kChunks>(first, row0, m, k0);
+    for (int m = 0; m < kM; ++m) {
+        const auto a = first_fragment<kind, First::kTransposed, First::kChunks>(first, row0, m, k0);
 #pragma unroll
-            for (int n = 0; n < kN / 2; ++n) multiply_fragments<kind>(c[m][2 * n], c[m][2 * n + 1], a, b[n]);
-        }
-    } else {  // twelve registers a fragment: one of the second operand at a time
-        SplitFragment a[kM];
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            a[m] = first_fragment<kind, First::kTransposed, First::kChunks>(first, row0, m, k0);
-        }
-#pragma unroll
-        for (int n = 0; n < kN / 2; ++n) {
-            const SplitFragment b = second_fragment<kind, Second::kTransposed, Second::kChunks>(second, column0, n, k0);
-#pragma unroll
-            for (int m = 0; m < kM; ++m) multiply_fragments<kind>(c[m][2 * n], c[m][2 * n + 1], a[m], b);
-        }
+        for (int n = 0; n < kN / 2; ++n) multiply_fragments<kind>(c[m][2 * n], c[m][2 * n + 1], a, b[n]);
     }
 }
 
@@ -269,7 +265,8 @@ __device__ __forceinline__ void multiply_step(Accumulators<kM, kN>& c, const uns
 template <DType kind, class First, class Second, int kSteps, int kM, int kN>
 __device__ __forceinline__ void multiply_tiles(Accumulators<kM, kN>& c, const unsigned char* first,
                                                const unsigned char* second, int row0, int column0) {
-#pragma unroll
+    // The next step's split fragments would take registers that this one's have.
+#pragma unroll(Operand<kind>::kIs16Bit ? kSteps : 1)
     for (int step = 0; step < kSteps; ++step) {
         multiply_step<kind, First, Second>(c, first, second, row0, column0, step * 16);
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES, Batch, Pip
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
+
+_SERVED = "compute capability 8.0 or later and a driver no older than the toolkit that built them"
+_NO_DEVICE = "torch sees no CUDA device"
 
 
 class CudaStages:
@@ -28,10 +32,14 @@ class CudaStages:
 
     def _queue(self, device: torch.device) -> tuple[int, int]:
         """Index of the device and the caller's current stream on it."""
+        index = self.device_index(device)
+        return index, torch.cuda.current_stream(index).cuda_stream if device.type == "cuda" else 0
+
+    def device_index(self, device: torch.device) -> int:
+        """Its number for the runtime; 0 for what stands in for a device."""
         if device.type != "cuda":
-            return 0, 0
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return index, torch.cuda.current_stream(index).cuda_stream
+            return 0
+        return torch.cuda.current_device() if device.index is None else device.index
 
     def _native_batch(self, batch: Batch) -> Any:
         return self._native.CudaBatch(
@@ -69,18 +77,18 @@ class CudaStages:
             *self._queue(batch.device),
         )
 
-    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
-        native, queue = self._native_batch(batch), self._queue(batch.device)
-        splits = self._native.cuda_project_splits(native, queue[0])
-        parts = torch.empty((splits, *lowrank.shape), dtype=lowrank.dtype, device=batch.device) if splits > 1 else None
+    def project_splits(self, batch: Batch) -> int:
+        return int(self._native.cuda_project_splits(self._native_batch(batch), self._queue(batch.device)[0]))
+
+    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
         self._native.cuda_project(
-            native,
+            self._native_batch(batch),
             control.data_ptr(),
             lowrank.data_ptr(),
             final,
-            splits,
-            parts.data_ptr() if parts is not None else 0,
-            *queue,
+            1 if partial is None else partial.shape[0],
+            0 if partial is None else partial.data_ptr(),
+            *self._queue(batch.device),
         )
 
     def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
@@ -142,13 +150,22 @@ def make_backend(native: Any, device_type: str) -> Backend:
     stages = CudaStages(native, device_type)
     pipeline = Pipeline(stages)
 
+    @functools.cache
+    def device_refuses(index: int) -> str | None:
+        error: str = native.cuda_device_error(index)
+        return f"device {index} can't run its kernels, which are for {_SERVED}: {error}" if error else None
+
     def refuses(device: torch.device) -> str | None:
-        return None if device.type == device_type else f"it serves {device_type} tensors only, not {device}"
+        if device.type != device_type:
+            return f"it serves {device_type} tensors only, not {device}"
+        return device_refuses(stages.device_index(device))
 
     def describe() -> dict[str, Any]:
-        no_device = device_type == "cuda" and not torch.cuda.is_available()
+        reason = None
+        if device_type == "cuda":
+            reason = device_refuses(torch.cuda.current_device()) if torch.cuda.is_available() else _NO_DEVICE
         return {
-            **({"available": False, "reason": "torch sees no CUDA device"} if no_device else {}),
+            **({"available": False, "reason": reason} if reason else {}),
             "architectures": native.build_info()["cuda_archs"],
             "galore_update": "one launch: 16-bit tensors of one dtype, rank <= 128 and a multiple of 8, 16-byte "
             "aligned rows, enough panels to fill the device; else four launches (five where the short side is split)",

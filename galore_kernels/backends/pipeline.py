@@ -50,12 +50,13 @@ class Batch:
     Attributes:
         addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, step,
             skipped, and the rounding seed (0 where there is none).
-        gradients: the gradients' addresses.
+        gradients: the gradients' addresses; none before ``with_gradients``.
         table: both as an int64 tensor (N, TABLE_COLUMNS) on the device; None for a single tensor, whose row travels
             with the launch.
         shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
         moments: elements of each moment.
-        aligned: whether every address and every row of weight, gradient and basis is a multiple of 16 bytes.
+        fixed_aligned: whether every address and every row of weight, moments and basis is a multiple of 16 bytes.
+        aligned: the same of the gradients too.
     """
 
     addresses: tuple[tuple[int, ...], ...]
@@ -70,6 +71,7 @@ class Batch:
     basis_dtype: torch.dtype
     eight_bit: bool
     stochastic: bool
+    fixed_aligned: bool
     aligned: bool
     device: torch.device
 
@@ -103,8 +105,14 @@ class Stages(Protocol):
     def prepare(self, batch: Batch, control: Tensor, options: AdamOptions, scale: float) -> None:
         """Fills the control rows: the coefficients, the skip flag from ``found_inf``, the step's number."""
 
-    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
-        """lowrank = projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be."""
+    def project_splits(self, batch: Batch) -> int:
+        """Into how many parts ``project`` should cut the short dimension, so that the device is busy."""
+
+    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
+        """lowrank = projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be.
+
+        ``partial``: float32 (splits, N, elements) for the sums of the parts; None if there is one part.
+        """
 
     def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
         """lowrank = source (N, elements) scaled and signed, and the skip flag. Both may be the same tensor."""
@@ -143,56 +151,89 @@ def _row(param: Tensor, basis: Tensor | None, state: AdamState, seed: int | None
     return (*map(_address, tensors), seed or 0)
 
 
-def make_batch(group: UpdateGroup, grads: Sequence[Tensor]) -> Batch:
-    """The batch of a group and its contiguous gradients, without a table."""
-    param, state, grad = group.params[0], group.states[0], grads[0]
+def make_batch(group: UpdateGroup) -> Batch:
+    """The batch of a group, without a table and without gradients: see ``with_gradients``."""
+    param, state = group.params[0], group.states[0]
     seeds = group.rounding_seeds or (None,) * len(group.params)
     bases = group.bases or (None,) * len(group.params)
     basis = bases[0]
     addresses = tuple(_row(*row) for row in zip(group.params, bases, group.states, seeds, strict=True))
-    gradients = tuple(g.data_ptr() for g in grads)
-    pitches = [] if basis is None else [t.shape[1] * t.element_size() for t in (param, grad, basis)]
+    pitches = [] if basis is None else [t.shape[1] * t.element_size() for t in (param, basis)]
     data = [address for row in addresses for address in row[:_DATA_COLUMNS]]
     return Batch(
         addresses=addresses,
-        gradients=gradients,
+        gradients=(),
         table=None,
         shape=(param.shape[0], param.shape[1]) if basis is not None else (param.numel(), 1),
         rank=0 if basis is None else basis.shape[1],
         side=group.side,
         moments=state.exp_avg.numel(),
         weight_dtype=param.dtype,
-        grad_dtype=grad.dtype,
+        grad_dtype=param.dtype,
         basis_dtype=torch.float32 if basis is None else basis.dtype,
         eight_bit=state.exp_avg_absmax is not None,
         stochastic=group.rounding_seeds is not None,
-        aligned=not any(x % ALIGNMENT for x in (*pitches, *gradients, *data)),
+        fixed_aligned=not any(x % ALIGNMENT for x in (*pitches, *data)),
+        aligned=False,
         device=param.device,
     )
 
 
+def with_gradients(batch: Batch, grads: Sequence[Tensor]) -> Batch:
+    """The batch with these contiguous gradients; their column in a table is as it was."""
+    gradients = tuple([grad.data_ptr() for grad in grads])
+    dtype = grads[0].dtype
+    if gradients == batch.gradients and dtype == batch.grad_dtype:
+        return batch
+    pitch = batch.shape[1] * dtype.itemsize if batch.rank else 0
+    aligned = batch.fixed_aligned and not any(x % ALIGNMENT for x in (pitch, *gradients))
+    return replace(batch, gradients=gradients, grad_dtype=dtype, aligned=aligned)
+
+
 @dataclass(frozen=True)
 class _Scratch:
-    """What stages of one batch pass to one another; ``projected`` is ``lowrank`` unless both sides are projected."""
+    """What stages of one batch pass to one another. All of it is there before the first tensor changes."""
 
     control: Tensor
-    projected: Tensor
     lowrank: Tensor
     direction: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, count: int, long_basis: Tensor | None) -> _Scratch:
-        """For up to ``count`` tensors of the batch at a time; for one with a ``long_basis``."""
-        control = new_control(batch)[:count]
+    def of(cls, batch: Batch, count: int, direction_dtype: torch.dtype) -> _Scratch:
+        """For up to ``count`` tensors of the batch at a time."""
         lowrank = torch.empty((count, batch.moments), dtype=torch.float32, device=batch.device)
-        if long_basis is None:
-            return cls(control, lowrank, lowrank, torch.empty_like(lowrank, dtype=batch.basis_dtype))
-        projected = torch.empty((1, batch.long_short()[0] * batch.rank), dtype=torch.float32, device=batch.device)
-        return cls(control, projected, lowrank, lowrank)
+        return cls(new_control(batch)[:count], lowrank, torch.empty_like(lowrank, dtype=direction_dtype))
 
     def first(self, count: int) -> _Scratch:
         """The part of ``count`` tensors."""
-        return _Scratch(self.control[:count], self.projected[:count], self.lowrank[:count], self.direction[:count])
+        return _Scratch(self.control[:count], self.lowrank[:count], self.direction[:count])
+
+
+class _LongSide:
+    """The other dimension's products, for one matrix both of whose sides are projected: L indices, k of which are left.
+
+    They are small, and in double: float32 products would be rounded to tf32 where the user allows it. All memory is
+    there before the matrix changes.
+    """
+
+    def __init__(self, batch: Batch, basis: Tensor) -> None:
+        long, kept = basis.shape
+        self._basis = basis.double()
+        self._long, self._kept = self._basis.new_empty((long, batch.rank)), self._basis.new_empty((kept, batch.rank))
+        self.projected = torch.empty((1, long * batch.rank), dtype=torch.float32, device=batch.device)
+        self.direction = torch.empty_like(self.projected, dtype=batch.basis_dtype)
+
+    def project(self, lowrank: Tensor) -> None:
+        """lowrank (1, k * r) = basis.T @ ``self.projected``."""
+        self._long.copy_(self.projected.view_as(self._long))
+        torch.mm(self._basis.T, self._long, out=self._kept)
+        lowrank.copy_(self._kept.view_as(lowrank))
+
+    def back_project(self, direction: Tensor) -> None:
+        """``self.direction`` = basis @ direction (1, k * r)."""
+        self._kept.copy_(direction.view_as(self._kept))
+        torch.mm(self._basis, self._kept, out=self._long)
+        self.direction.copy_(self._long.view_as(self.direction))
 
 
 def new_control(batch: Batch) -> Tensor:
@@ -210,7 +251,7 @@ class Pipeline:
         """Contract: ``galore_kernels.ops.adam8bit_update``."""
         weight, grad = param.contiguous(), grad.contiguous()
         group = UpdateGroup("adam8bit_update", (weight,), (state,), rounding_seeds=_seeds(options))
-        self.full_rank(make_batch(group, (grad,)), options)
+        self.full_rank(with_gradients(make_batch(group), (grad,)), options)
         _write_back(param, weight)
 
     def galore_update(
@@ -227,7 +268,7 @@ class Pipeline:
         """Contract: ``galore_kernels.ops.galore_update``."""
         weight, grad = param.contiguous(), grad.contiguous()
         group = UpdateGroup("galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options))
-        self.projected(make_batch(group, (grad,)), options, scale, long_basis)
+        self.projected(with_gradients(make_batch(group), (grad,)), options, scale, long_basis)
         _write_back(param, weight)
 
     def lowrank_update(
@@ -244,11 +285,14 @@ class Pipeline:
         """Contract: ``galore_kernels.ops.lowrank_update``."""
         weight, grad = param.contiguous(), lowrank_grad.contiguous()
         group = UpdateGroup("lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options))
-        batch = make_batch(group, (grad,))
-        scratch = _Scratch.of(batch, 1, long_basis)
+        batch = with_gradients(make_batch(group), (grad,))
+        if long_basis is None:
+            long_side, scratch = None, _Scratch.of(batch, 1, batch.basis_dtype)
+        else:
+            long_side, scratch = _LongSide(batch, long_basis), _Scratch.of(batch, 1, torch.float32)
         self.stages.prepare(batch, scratch.control, options, scale)
         self.stages.scale_and_check(grad.view(1, -1), scratch.control, scratch.lowrank)
-        self._from_lowrank(batch, scratch, long_basis)
+        self._from_lowrank(batch, scratch, long_side)
         _write_back(param, weight)
 
     def group(self, group: UpdateGroup) -> GroupUpdate:
@@ -271,38 +315,46 @@ class Pipeline:
 
     def projected(self, batch: Batch, options: AdamOptions, scale: float, long_basis: Tensor | None = None) -> None:
         """From gradient to weight through the subspace: in one pass, or with R and U in scratch memory."""
-        if long_basis is None and self.stages.in_one_pass(batch):
+        if long_basis is not None:
+            self._both_sides(batch, options, scale, long_basis)
+            return
+        if self.stages.in_one_pass(batch):
             control = new_control(batch)
             self.stages.prepare(batch, control, options, scale)
             self.stages.galore_update(batch, control)
             return
         bytes_each = batch.moments * (torch.float32.itemsize + batch.basis_dtype.itemsize)
         at_once = min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
-        # Allocated once, before the first tensor changes.
-        all_scratch = _Scratch.of(batch, at_once, long_basis)
-        for part in batch.parts(at_once):
+        all_scratch = _Scratch.of(batch, at_once, batch.basis_dtype)
+        for part, partial in [(part, self._partial_sums(part)) for part in batch.parts(at_once)]:
             scratch = all_scratch.first(part.count)
             self.stages.prepare(part, scratch.control, options, scale)
-            self.stages.project(part, scratch.control, scratch.projected, final=long_basis is None)
-            if long_basis is not None:
-                _multiply(long_basis.T, scratch.projected.view(-1, batch.rank), scratch.lowrank)
-                self.stages.scale_and_check(scratch.lowrank, scratch.control, scratch.lowrank)
-            self._from_lowrank(part, scratch, long_basis)
+            self.stages.project(part, scratch.control, scratch.lowrank, partial, final=True)
+            self._from_lowrank(part, scratch)
 
-    def _from_lowrank(self, batch: Batch, scratch: _Scratch, long_basis: Tensor | None) -> None:
+    def _both_sides(self, batch: Batch, options: AdamOptions, scale: float, long_basis: Tensor) -> None:
+        long_side, scratch = _LongSide(batch, long_basis), _Scratch.of(batch, 1, torch.float32)
+        partial = self._partial_sums(batch)
+        self.stages.prepare(batch, scratch.control, options, scale)
+        self.stages.project(batch, scratch.control, long_side.projected, partial, final=False)
+        long_side.project(scratch.lowrank)
+        self.stages.scale_and_check(scratch.lowrank, scratch.control, scratch.lowrank)
+        self._from_lowrank(batch, scratch, long_side)
+
+    def _partial_sums(self, batch: Batch) -> Tensor | None:
+        splits = self.stages.project_splits(batch)
+        if splits == 1:
+            return None
+        shape = (splits, batch.count, batch.long_short()[0] * batch.rank)
+        return torch.empty(shape, dtype=torch.float32, device=batch.device)
+
+    def _from_lowrank(self, batch: Batch, scratch: _Scratch, long_side: _LongSide | None = None) -> None:
         direction = scratch.direction
-        if long_basis is not None:  # allocated before the moments change
-            direction = torch.empty((1, long_basis.shape[0] * batch.rank), dtype=torch.float32, device=batch.device)
-        self.stages.lowrank_adam(batch, scratch.control, scratch.lowrank, scratch.direction)
-        if long_basis is not None:
-            _multiply(long_basis, scratch.direction.view(-1, batch.rank), direction)
-            direction = direction.to(batch.basis_dtype)
+        self.stages.lowrank_adam(batch, scratch.control, scratch.lowrank, direction)
+        if long_side is not None:
+            long_side.back_project(direction)
+            direction = long_side.direction
         self.stages.back_project_update(batch, scratch.control, direction)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    # In double: float32 products would be rounded to tf32 where the user allows it, and these are small.
-    out.copy_((a.double() @ b.double()).view(out.shape))
 
 
 def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
@@ -318,23 +370,17 @@ class _PreparedGroup:
     """A group with its table, of which only the gradients' column is written again when their addresses change."""
 
     def __init__(self, pipeline: Pipeline, group: UpdateGroup) -> None:
-        self._pipeline, self._group = pipeline, group
-        self._batch: Batch | None = None
+        self._pipeline, self._full_rank, self._scale = pipeline, group.operation == "adam8bit_update", group.scale
+        self._batch = make_batch(group)
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
-        batch = self._batch = self._current(grads)
-        if self._group.operation == "adam8bit_update":
+        batch = with_gradients(self._batch, grads)
+        if batch.table is None:
+            batch = self._pipeline.tabled(batch)
+        elif batch.gradients != self._batch.gradients:
+            self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, batch.gradients)
+        self._batch = batch
+        if self._full_rank:
             self._pipeline.full_rank(batch, options)
         else:
-            self._pipeline.projected(batch, options, self._group.scale)
-
-    def _current(self, grads: Sequence[Tensor]) -> Batch:
-        batch, gradients = self._batch, tuple([grad.data_ptr() for grad in grads])
-        if batch is None or batch.table is None or batch.grad_dtype != grads[0].dtype:
-            return self._pipeline.tabled(make_batch(self._group, grads))
-        if batch.gradients == gradients:
-            return batch
-        self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, gradients)
-        if batch.aligned and not any(gradient % ALIGNMENT for gradient in gradients):
-            return replace(batch, gradients=gradients)
-        return replace(make_batch(self._group, grads), table=batch.table)
+            self._pipeline.projected(batch, options, self._scale)

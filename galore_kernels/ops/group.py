@@ -34,7 +34,11 @@ class UpdateGroup:
 
 
 class GroupUpdate(Protocol):
-    """One step of all tensors of a group. Made once, called at every step; reads nothing back from the device."""
+    """One step of all tensors of a group. Made once, called at every step; reads nothing back from the device.
+
+    It knows the group's tensors by their addresses: whoever made it keeps them where they are. One that has been called
+    while a CUDA graph was captured is for that graph alone.
+    """
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
         """Updates every tensor of the group. Raises only before the first of them has been changed.

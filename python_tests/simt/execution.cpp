@@ -1,5 +1,6 @@
 #include "execution.h"
 
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -169,6 +170,14 @@ void finish_load_matrices(const std::unique_ptr<Thread>* lanes) {
 
 // PTX ISA, mma.m16n8k16 for 16-bit floating point: the fragments' layouts. Products are exact in double, and their sum
 // is rounded once; a device rounds oftener.
+// As matrix units do: towards zero.
+float cut_off(double x) {
+    const float nearest = static_cast<float>(x);
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(x) && std::isfinite(nearest)
+               ? std::nextafter(nearest, 0.0f)
+               : nearest;
+}
+
 void finish_multiply_accumulate(const std::unique_ptr<Thread>* lanes) {
     float a[16][16], b[16][8];
     for (int i = 0; i < kWarp; ++i) {
@@ -186,7 +195,7 @@ void finish_multiply_accumulate(const std::unique_ptr<Thread>* lanes) {
             const int row = i / 4 + word / 2 * 8, column = i % 4 * 2 + word % 2;
             double sum = static_cast<double>(lanes[i]->c[word]);
             for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * static_cast<double>(b[k][column]);
-            lanes[i]->c[word] = static_cast<float>(sum);
+            lanes[i]->c[word] = cut_off(sum);
         }
     }
 }

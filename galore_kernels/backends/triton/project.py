@@ -5,7 +5,6 @@ Where a batch has too few tiles to fill the device, the short dimension is split
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 from triton import language as tl
@@ -99,11 +98,12 @@ def project_kernel(
     tl.store(tile_of(own, row0, column0, rank, ROWS, COLUMNS, OFFSETS), sums, there)
 
 
-def splits_for(batch: Batch, tile: configuration.Tile) -> int:
-    """Into how many parts the short dimension is split: enough for two tiles on every multiprocessor."""
+def project_splits(batch: Batch) -> int:
+    """Into how many parts the short dimension is cut: enough for two tiles on every multiprocessor."""
     forced = configuration.forced_splits()
     if forced is not None:
         return forced
+    tile = configuration.project_tile(batch)
     long, short = batch.long_short()
     tiles = batch.count * -(-long // tile.rows) * -(-batch.rank // tile.columns)
     # A part that sums less than this is not worth its way through memory.
@@ -111,21 +111,20 @@ def splits_for(batch: Batch, tile: configuration.Tile) -> int:
     return max(1, min(most, 2 * multiprocessors(batch.device) // max(1, tiles)))
 
 
-def project(batch: Batch, table: Tensor, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
+def project(
+    batch: Batch, table: Tensor, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool
+) -> None:
     """lowrank = the projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be."""
     long, short = batch.long_short()
     tile = configuration.project_tile(batch)
-    splits = splits_for(batch, tile)
-    out = lowrank
-    if splits > 1:
-        out = torch.empty((splits, *lowrank.shape), dtype=torch.float32, device=batch.device)
+    splits = 1 if partial is None else partial.shape[0]
     launch(
         project_kernel,
         batch.count * splits * -(-long // tile.rows) * -(-batch.rank // tile.columns),
         batch.device,
         table,
         control,
-        out,
+        lowrank if partial is None else partial,
         long,
         short,
         batch.rank,
@@ -134,7 +133,7 @@ def project(batch: Batch, table: Tensor, control: Tensor, lowrank: Tensor, *, fi
         LEFT=batch.side == "left",
         GRAD_DTYPE=triton_dtype(batch.grad_dtype),
         BASIS_DTYPE=triton_dtype(batch.basis_dtype),
-        SCALED=final and splits == 1,
+        SCALED=final and partial is None,
         ALIGNED=batch.aligned,
         GRAD_MULTIPLE=configuration.known_factor(batch.shape[1], batch.aligned),
         RANK_MULTIPLE=configuration.known_factor(batch.rank, batch.aligned),
@@ -146,5 +145,5 @@ def project(batch: Batch, table: Tensor, control: Tensor, lowrank: Tensor, *, fi
         warps=tile.warps,
         stages=tile.stages,
     )
-    if splits > 1:
-        sum_parts(out, control, lowrank, scaled=final)
+    if partial is not None:
+        sum_parts(partial, control, lowrank, scaled=final)

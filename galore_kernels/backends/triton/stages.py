@@ -40,10 +40,15 @@ class TritonStages:
 
         prepare(batch, self._table(batch), control, options, scale)
 
-    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, *, final: bool) -> None:
+    def project_splits(self, batch: Batch) -> int:
+        from galore_kernels.backends.triton.project import project_splits
+
+        return project_splits(batch)
+
+    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
         from galore_kernels.backends.triton.project import project
 
-        project(batch, self._table(batch), control, lowrank, final=final)
+        project(batch, self._table(batch), control, lowrank, partial, final=final)
 
     def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
         from galore_kernels.backends.triton.scale_and_check import scale_and_check

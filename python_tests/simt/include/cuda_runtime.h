@@ -104,6 +104,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           std::size_t shared_bytes);
 cudaError_t simt_launch(const void* kernel, const std::function<void()>& body, const cudaLaunchConfig_t& config);
 
+struct cudaFuncAttributes {
+    int numRegs = 0;
+};
+
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Parameters...)) {
+    return cudaSuccess;
+}
+
 template <class... Parameters>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Parameters...), int threads,
                                                           std::size_t shared_bytes) {
