@@ -41,7 +41,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdam8bit
-from galore_kernels.backends.pipeline import Pipeline
+from galore_kernels.backends.pipeline import Batch, Pipeline
 from galore_kernels.ops import registry
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
@@ -72,6 +72,9 @@ class Overhead:
 
 class _NoStages:
     """Stages that launch nothing."""
+
+    def project_splits(self, batch: Batch) -> int:
+        return 1
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _nothing
