@@ -368,3 +368,10 @@ def test_state_bytes_of_llama_60m_by_hand() -> None:
     assert counted["GaLoreFusedAdam8bit"] == expected
     parameters = layers * (4 * hidden**2 + 3 * hidden * middle) + 2 * words * hidden + (2 * layers + 1) * hidden
     assert counted["AdamW, bf16 moments"] == 4 * parameters
+
+
+def test_the_overhead_of_a_step_is_less_in_groups() -> None:
+    import step_overhead
+
+    found = {what: step_overhead.measure(what, True, steps=3, layers=4).median for what in step_overhead.GROUPS}
+    assert found["optimizer"] < found["optimizer and pipeline"] < found["one at a time"]
