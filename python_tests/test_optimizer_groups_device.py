@@ -325,7 +325,7 @@ def test_a_captured_step_reads_nothing_and_its_replays_are_counted(
     # A replay does what the capture did, to the same memory.
     device.calls.clear()
     with torch.no_grad():
-        for group in optimizer._captured[0][0].groups:
+        for group in optimizer._captured[0].groups:
             group.run([param.grad for param in params.values()], captured[0][2])
     train(alone, alone_params, [1])
     compare(both)

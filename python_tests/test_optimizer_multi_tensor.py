@@ -291,19 +291,23 @@ def test_an_id_that_comes_again_is_another_tensor(monkeypatch: pytest.MonkeyPatc
     assert len(made) == len(KINDS)
 
 
-def test_a_plan_keeps_neither_gradients_nor_moments(cuda_stand_in: str) -> None:
+def test_a_plan_keeps_no_gradients_and_what_is_replaced_until_the_next_step(cuda_stand_in: str) -> None:
     (optimizer, params), _ = pair()
     for step in range(2):
         set_grads(params, step)
         optimizer.step()
-    references = [weakref.ref(param.grad) for param in params.values()]
+    gradients = [weakref.ref(param.grad) for param in params.values()]
+    optimizer.zero_grad()
+    assert not [gradient for gradient in gradients if gradient() is not None]
+    replaced = []
     for state in optimizer.state.values():
         for key in ("exp_avg", "exp_avg_sq", "basis"):
             if key in state:
-                references.append(weakref.ref(state[key]))
+                replaced.append(weakref.ref(state[key]))
                 state[key] = state[key].clone()
-    optimizer.zero_grad()
-    assert not [reference for reference in references if reference() is not None]
+    set_grads(params, 2)
+    optimizer.step()
+    assert not [tensor for tensor in replaced if tensor() is not None]
 
 
 def test_versions_count_the_updates(grouped: Grouping) -> None:

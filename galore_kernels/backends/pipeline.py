@@ -370,7 +370,7 @@ class _PreparedGroup:
     """A group with its table, of which only the gradients' column is written again when their addresses change."""
 
     def __init__(self, pipeline: Pipeline, group: UpdateGroup) -> None:
-        self._pipeline, self._full_rank, self._scale = pipeline, group.operation == "adam8bit_update", group.scale
+        self._pipeline, self._group = pipeline, group  # the group's tensors stay where the batch says they are
         self._batch = make_batch(group)
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
@@ -380,7 +380,7 @@ class _PreparedGroup:
         elif batch.gradients != self._batch.gradients:
             self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, batch.gradients)
         self._batch = batch
-        if self._full_rank:
+        if self._group.operation == "adam8bit_update":
             self._pipeline.full_rank(batch, options)
         else:
-            self._pipeline.projected(batch, options, self._scale)
+            self._pipeline.projected(batch, options, self._group.scale)

@@ -36,8 +36,8 @@ class UpdateGroup:
 class GroupUpdate(Protocol):
     """One step of all tensors of a group. Made once, called at every step; reads nothing back from the device.
 
-    It knows the group's tensors by their addresses: whoever made it keeps them where they are. One that has been called
-    while a CUDA graph was captured is for that graph alone.
+    It may know the group's tensors by their addresses: nobody moves them (``.data =``) while it is used. One that has
+    been called while a CUDA graph was captured is for that graph alone.
     """
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:

@@ -1,8 +1,9 @@
 """The plan of a step: which tensors are updated together, made once and followed until something it rests on changes.
 
 A step of hundreds of tensors is then a handful of calls of the backend. What the plan rests on is looked at in every
-step, without a word to the device: see ``observe``. A plan keeps neither gradients nor moments nor bases alive, so that
-who frees them or moves them elsewhere between two steps gets their memory.
+step, without a word to the device: see ``observe``. A plan keeps no gradient alive: who frees
+them between two steps gets their memory. Moments and bases that somebody replaces live until the next step, which makes
+a new plan.
 """
 
 from __future__ import annotations

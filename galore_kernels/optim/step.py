@@ -40,8 +40,8 @@ class SteppingOptimizer(Optimizer):
         # Parameters already updated in a step that raised half-way, with the gradient they were updated by.
         self._interrupted: list[tuple[Tensor, Tensor, int]] = []
         self._plan: Plan | None = None
-        # What CUDA graphs read and write: plans that they were captured from, and the state of that time.
-        self._captured: list[tuple[Plan, list[dict[str, Any]]]] = []
+        # CUDA graphs read what the plans that they were captured from hold.
+        self._captured: list[Plan] = []
         self._counters = Counters()
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
@@ -140,7 +140,7 @@ class SteppingOptimizer(Optimizer):
 
         plan = Plan(updates, self.state, backends, options, self._counters, capturing=capture)
         if capture:
-            self._captured.append((plan, [dict(state) for state in self.state.values()]))
+            self._captured.append(plan)
         elif plan.groups:
             plan.rest_on(multi_tensor.observe(self.param_groups, self.state, grads), self.state)
             self._plan = plan
