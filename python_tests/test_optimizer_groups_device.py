@@ -308,9 +308,10 @@ def test_a_captured_step_reads_nothing_and_its_replays_are_counted(
 ) -> None:
     both = pair()
     (optimizer, params), (alone, alone_params) = both
-    train(optimizer, params, range(1))
-    train(alone, alone_params, range(1))
-    set_grads(params, 1)
+    for each, own in both:
+        each.param_groups[0]["update_proj_gap"] = 4
+        train(each, own, range(2))
+    set_grads(params, 2)
     made = len(device.made)
     with monkeypatch.context() as patch:
         patch.setattr(multi_tensor, "capturing", lambda devices: True)
@@ -320,16 +321,16 @@ def test_a_captured_step_reads_nothing_and_its_replays_are_counted(
         captured = device.calls[-5:]
         assert len(device.made) == made + 5  # a plan of its own
         made += 5
-    train(alone, alone_params, [1])
+    train(alone, alone_params, [2])
     bases = {name: optimizer.state[param].get("basis") for name, param in params.items()}
     # A replay does what the capture did, to the same memory.
     device.calls.clear()
     with torch.no_grad():
         for group in optimizer._captured[0].groups:
             group.run([param.grad for param in params.values()], captured[0][2])
-    train(alone, alone_params, [1])
+    train(alone, alone_params, [2])
     compare(both)
-    # The third step is a refresh, which the host can't know of without asking.
+    # The fifth step is a refresh, which the host can't know of without asking.
     train(optimizer, params, range(3, 9))
     train(alone, alone_params, range(3, 9))
     compare(both)

@@ -41,7 +41,10 @@ class GroupUpdate(Protocol):
     """
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
-        """Updates every tensor of the group. Raises only before the first of them has been changed.
+        """Updates every tensor of the group.
+
+        Raises only before the first of them has been changed, but for a kernel that can't be launched (the first step
+        of its kind shows it) and for interrupts.
 
         Args:
             grads: the gradient of each parameter, in their order: its shape, contiguous, all of one dtype. Their

@@ -31,6 +31,9 @@ from galore_kernels.optim.update import Update
 States = Mapping[Tensor, dict[str, Any]]
 
 _options = itemgetter(*(key for key in KNOWN if key not in ("params", "param_names", "lr", "betas")))
+#: Of a state's tensors, those whose memory somebody might move.
+_LARGE = ("exp_avg", "exp_avg_sq", "basis")
+
 _dtype, _shape, _layout, _is_leaf = map(attrgetter, ("dtype", "shape", "layout", "is_leaf"))
 
 #: Parameters whose memory a launch may be given. Other subclasses may hold their data elsewhere.
@@ -39,12 +42,22 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 def capturing(devices: Iterable[torch.device]) -> bool:
     """Whether a CUDA graph is being captured, so that nothing may be read from these devices."""
-    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()
+    return any(device.type == "cuda" and _capturing_on(device) for device in devices)
+
+
+def _capturing_on(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def reads_are_free(device: torch.device) -> bool:
     """Whether a number there can be read without waiting for work that was enqueued."""
     return device.type == "cpu"
+
+
+def own_states(states: States) -> list[dict[str, Any]]:
+    """What this optimizer has made of ``optimizer.state``: others may keep things there as well."""
+    return [state for state in states.values() if type(state) is dict and "exp_avg" in state]
 
 
 def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence[Tensor | None]) -> object:
@@ -63,9 +76,9 @@ def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence
         options.append((kinds, values, len(group["params"])))
     params = [param for group in groups for param in group["params"]]
     present = [grad for grad in grads if grad is not None]
+    own = own_states(states)
     # One list for each fact, not one tuple for each tensor: a map over a method of C takes a third of the time. A
-    # parameter's address tells its device too. ``.data = `` moves a tensor that stays the same object: who moves a
-    # state so moves all of it, and one address tells.
+    # parameter's address tells its device too. ``.data = `` moves a tensor that stays the same object.
     return (
         options,
         list(map(id, params)),
@@ -82,8 +95,8 @@ def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence
         list(map(Tensor.is_contiguous, present)),
         list(map(Tensor.is_inference, present)),
         list(map(id, states)),
-        list(map(id, chain.from_iterable(map(dict.values, states.values())))),
-        [state["exp_avg"].data_ptr() for state in states.values() if state],
+        list(map(id, chain.from_iterable(map(dict.values, own)))),
+        [state[key].data_ptr() for key in _LARGE for state in own if key in state],
     )
 
 
@@ -199,6 +212,7 @@ class Plan:
 
     Attributes:
         groups: calls of a backend. alone: what takes the way through the single operations, in order.
+        count: of the parameters.
         watched: on each device where reading makes wait, name and counter of what is updated in groups.
     """
 
@@ -212,14 +226,14 @@ class Plan:
         *,
         capturing: bool,
     ) -> None:
-        self.backends = backends
+        self.backends, self.count = backends, len(updates)
         self.alone: list[Update] = []
         together: dict[tuple[Any, ...], list[Update]] = defaultdict(list)
         for update in updates:
             reason = self.reason_to_be_alone(update, states)
             (self.alone if reason else together[_key(update, states[update.param])]).append(update)
         if capturing:
-            _refuse_unread([update for members in together.values() for update in members], states, counters)
+            _refuse_unfit([update for members in together.values() for update in members], states, counters)
         self.groups = [
             PlannedGroup(
                 members,
@@ -257,7 +271,8 @@ class Plan:
         self._seen = seen
         # An id says nothing once its owner is gone.
         self._gone: list[object] = []
-        owners = [*states, *(v for state in states.values() for v in state.values() if isinstance(v, Tensor))]
+        values = [value for state in own_states(states) for value in state.values()]
+        owners = [owner for owner in (*states, *values) if isinstance(owner, Tensor)]
         self._references = [weakref.ref(owner, self._gone.append) for owner in owners]
 
     def holds(self, seen: object, backends: Callable[[torch.device], Backend]) -> bool:
@@ -277,11 +292,17 @@ def _key(update: Update, state: Mapping[str, Any]) -> tuple[Any, ...]:
     return id(update.group), *kind, layout.rank, layout.side, layout.eight_bit, "exp_avg_absmax" in state
 
 
-def _refuse_unread(updates: Iterable[Update], states: States, counters: Counters) -> None:
-    """Raises RuntimeError if a counter would have to be read, which a CUDA graph can't hold."""
+def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters) -> None:
+    """Raises RuntimeError for what a CUDA graph can't hold: a counter to be read, a basis that a refresh will move."""
     for update in updates:
-        if counters.of(states[update.param]) is None:
+        state, dtype = states[update.param], update.param.dtype
+        if counters.of(state) is None:
             raise RuntimeError(f"{update.name}: its step is not known; take a step outside of the capture before it")
+        if any(state[name].dtype != dtype for name in update.layout.bases):
+            raise RuntimeError(
+                f"{update.name}: its basis is {state['basis'].dtype}, its next one will be {dtype}, in other memory; "
+                "take the step of the next refresh outside of the capture before it"
+            )
 
 
 def _check(group: UpdateGroup, options: AdamOptions) -> None:

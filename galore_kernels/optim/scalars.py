@@ -28,7 +28,7 @@ class LearningRates:
         """``lr`` as a 0-d tensor on ``device``; what is a tensor there already is passed on as it is.
 
         Args:
-            group: the parameter group's index; each has memory of its own.
+            group: what tells the parameter group from others; each has memory of its own.
             capturing: a CUDA graph is being captured on the device. The number is then part of the graph, in memory
                 of the graph's: what the graph fills must not be taken for uploaded, nor an upload reach the graph.
         """

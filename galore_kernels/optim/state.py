@@ -59,9 +59,12 @@ class Layout:
         return cls(rank, side, bases, moments, eight_bit and math.prod(moments) >= MIN_8BIT_ELEMENTS)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
-        """Whether the tensors of ``state`` have this layout's shapes."""
-        shapes = {"exp_avg": self.moments, **self.bases}
-        return all(key in state and tuple(state[key].shape) == shape for key, shape in shapes.items())
+        """Whether the tensors of ``state`` have this layout's shapes, and its moments this layout's dtype."""
+        shapes = {**dict.fromkeys(_MOMENTS, self.moments), **self.bases}
+        dtype = torch.uint8 if self.eight_bit else torch.float32
+        return all(key in state and tuple(state[key].shape) == shape for key, shape in shapes.items()) and all(
+            state[key].dtype == dtype for key in _MOMENTS
+        )
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """A fresh state on the parameter's device; bases have the parameter's dtype and are zero until refreshed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from galore_kernels import ops
@@ -21,6 +23,8 @@ from galore_kernels.optim.scalars import LearningRates, Unscaling
 from galore_kernels.optim.skip_monitor import SkipMonitor
 from galore_kernels.optim.state import Layout, adam_state
 from galore_kernels.optim.update import Update, refreshed, take_over
+
+_WRAPPERS = ("galore_kernels", "torch")
 
 
 class NonFiniteGradientWarning(UserWarning):
@@ -42,6 +46,8 @@ class SteppingOptimizer(Optimizer):
         self._plan: Plan | None = None
         # CUDA graphs read what the plans that they were captured from hold.
         self._captured: list[Plan] = []
+        # The groups whose kernels have been launched.
+        self._loaded: set[frozenset[int]] = set()
         self._counters = Counters()
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
@@ -67,16 +73,18 @@ class SteppingOptimizer(Optimizer):
 
         Everything is checked before anything changes. If a call raises half-way (out of memory, say), calling
         ``step()`` again with the same gradients continues where it stopped, so that no parameter is updated twice.
-        Gradients are the same if nothing has written to them (as autograd counts it: not through ``.data``).
+        Gradients are the same if nothing has written to them (as autograd counts it: not through ``.data``, nor by the
+        replay of a CUDA graph).
 
         A tensor whose gradient is NaN, infinite or beyond 1.8e19 is skipped: weight and state stay as they are, a
         ``NonFiniteGradientWarning`` names it, ``skipped_steps()`` counts it. On a GPU the warning comes some steps
         late, for nothing is read from it but in the steps that refresh a subspace, in those that make a state, and in
-        those of tensors that can't be grouped with others (strided ones, and both sides projected).
+        those of tensors that can't be grouped with others (strided ones, and both sides projected). Replays of CUDA
+        graphs report nothing; the next call does.
 
-        Other steps can be captured in a CUDA graph. Its replays read the learning rate from the tensor on the GPU that
-        ``lr`` was at the capture (a number, or a tensor on the CPU, is part of the graph), and count, but refresh
-        nothing: for that call ``step()`` itself whenever the number of steps taken is a multiple of
+        Other steps can be captured in a CUDA graph, from the third on. Its replays read the learning rate from the
+        tensor on the GPU that ``lr`` was at the capture (a number, or a tensor on the CPU, is part of the graph), and
+        count, but refresh nothing: for that call ``step()`` itself whenever the number of steps taken is a multiple of
         ``update_proj_gap``. Replays then use the new basis. Capture anew after ``load_state_dict``.
 
         Args:
@@ -92,12 +100,15 @@ class SteppingOptimizer(Optimizer):
         try:
             return self._step(closure)
         except BaseException:
+            self._plan = None
             # GradScaler sets these for the call, and multiplies into what it finds: left behind by a call that failed,
             # they would unscale the retry twice.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
 
+    # Dynamo can't see what launches write through addresses. The public decorator would import all of it here.
+    @_disable_dynamo
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
@@ -111,10 +122,14 @@ class SteppingOptimizer(Optimizer):
             self._update(plan, grads, unscaling, done, finished, capture=capture)
         except BaseException:
             self._interrupted += [(p, p.grad, p.grad._version) for p in finished if p.grad is not None]
+            if len(done.union(map(id, finished))) >= plan.count:
+                self._interrupted = []  # nothing is left to do: it was a report that raised
             raise
         finally:
             self._counters.calls += 1
         self._interrupted = []
+        if capture:
+            self._captured.append(plan)
         return loss
 
     def _planned(self, unscaling: Unscaling) -> tuple[Plan, list[Tensor | None], bool]:
@@ -133,15 +148,13 @@ class SteppingOptimizer(Optimizer):
         updates = self._collect()
         backends = {update.param.device: self._select(update.param.device) for update in updates}
         capture = multi_tensor.capturing(backends)
-        self._counters.keep(self.state.values())
+        self._counters.keep(multi_tensor.own_states(self.state))
 
         def options(group: Mapping[str, Any], device: torch.device) -> ops.AdamOptions:
             return self._options(group, device, unscaling, capture=capture)
 
         plan = Plan(updates, self.state, backends, options, self._counters, capturing=capture)
-        if capture:
-            self._captured.append(plan)
-        elif plan.groups:
+        if plan.groups and not capture:
             plan.rest_on(multi_tensor.observe(self.param_groups, self.state, grads), self.state)
             self._plan = plan
         return plan, grads, capture
@@ -195,25 +208,31 @@ class SteppingOptimizer(Optimizer):
                 f"{alone[0].name}: {plan.reason_to_be_alone(alone[0], self.state)}, so that its step can't be part of "
                 "a CUDA graph; take this step outside of the capture, or leave the parameter out"
             )
+        for group in groups if capture else []:
+            if group.ids not in self._loaded:
+                raise RuntimeError(
+                    f"{group.members[0].name}: the kernels of its group have not been loaded yet, which a CUDA graph "
+                    "can't hold; take one more step outside of the capture"
+                )
         for planned in groups:
             options = self._options(planned.group, planned.device, unscaling, capture=capture)
-            group = planned.without(apart, self.state, options, counters)
-            if group is None:
+            some = planned.without(apart, self.state, options, counters)
+            if some is None:
                 continue
-            group.run(grads, options)
-            finished += group.params
+            some.run(grads, options)
+            finished += some.params
+            self._loaded.add(some.ids)
             if capture:
-                for counter in group.counters:
+                for counter in some.counters:
                     counter.captured = True
-            elif group.device not in plan.watched:
-                for member, counter in zip(group.members, group.counters, strict=True):
+            elif some.device not in plan.watched:  # as the tests' stand-ins are: on the CPU no backend offers groups
+                for member, counter in zip(some.members, some.counters, strict=True):
                     before, counter.skips = counter.skips, int(counter.skipped)
                     self._report_skip(member.name, before, counter.skips)
         for update in sorted(alone, key=lambda update: update.index):
             if id(update.param) not in done:
                 device = update.param.device
-                before, skips = self._apply(update, self._options(update.group, device, unscaling))
-                finished.append(update.param)
+                before, skips = self._apply(update, self._options(update.group, device, unscaling), finished)
                 # Last: a warning may be turned into an exception.
                 self._report_skip(update.name, before, skips)
         if not capture:
@@ -235,41 +254,50 @@ class SteppingOptimizer(Optimizer):
             **unscaling.on(device),
         )
 
-    def _apply(self, update: Update, options: ops.AdamOptions) -> tuple[int, int]:
-        """Updates one parameter. Returns how many of its steps had been skipped as far as is known, and are now."""
+    def _apply(self, update: Update, options: ops.AdamOptions, finished: list[Tensor]) -> tuple[int, int]:
+        """Updates one parameter and adds it to ``finished``.
+
+        Returns how many of its steps had been skipped as far as is known, and are now.
+        """
         param, grad, group, layout = update.param, update.grad, update.group, update.layout
         fresh = not self.state.get(param)
         state = layout.new_state(param) if fresh else self.state[param]
         step, skipped = int(state["step"]), int(state["skipped"])
         options = replace(options, rounding_seed=update.rounding_seed())
         changed: dict[str, Any] = {}
-        if layout.side is None:
-            ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
-        else:
-            changed = refreshed(update, state)
-            bases = {**state, **changed}
-            shape = matrix_shape(param.shape)
-            weight = param.reshape(shape)
-            ops.galore_update(
-                weight,
-                grad.reshape(shape),
-                bases["basis"],
-                adam_state(state),
-                options,
-                side=layout.side,
-                scale=float(group["scale"]),
-                long_basis=bases.get("long_basis"),
-                backend=self._backend,
-            )
-            if weight.data_ptr() != param.data_ptr():
-                param.copy_(weight.view(param.shape))
-        # Only now, when nothing can fail any more: a step that raised has changed nothing of this parameter. A skipped
-        # step hasn't either: a basis found in a gradient that is not used goes with it.
-        steps, skips = int(state["step"]), int(state["skipped"])
-        if steps > step:
-            take_over(state, changed)
-        if fresh and (steps > step or skips):
-            self.state[param] = state
+        weight = param
+        try:
+            if layout.side is None:
+                ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
+            else:
+                changed = refreshed(update, state)
+                bases = {**state, **changed}
+                shape = matrix_shape(param.shape)
+                weight = param.reshape(shape)
+                ops.galore_update(
+                    weight,
+                    grad.reshape(shape),
+                    bases["basis"],
+                    adam_state(state),
+                    options,
+                    side=layout.side,
+                    scale=float(group["scale"]),
+                    long_basis=bases.get("long_basis"),
+                    backend=self._backend,
+                )
+            int(state["step"])  # here the host waits, and here Ctrl-C strikes
+        finally:
+            # The kernel decides whether a step was taken. A step that raised has changed nothing of this parameter; a
+            # skipped one hasn't either: a basis found in a gradient that is not used goes with it.
+            steps, skips = int(state["step"]), int(state["skipped"])
+            if steps > step:
+                if weight.data_ptr() != param.data_ptr():
+                    param.copy_(weight.view(param.shape))
+                take_over(state, changed)
+            if fresh and (steps > step or skips):
+                self.state[param] = state
+            if steps > step or skips > skipped:
+                finished.append(param)
         if param in self.state and self._select(param.device).group is not None:
             skipped = self._counters.note(state, steps, skipped, skips)
         return skipped, skips
@@ -281,5 +309,13 @@ class SteppingOptimizer(Optimizer):
                 f"{name}: its gradient is NaN, infinite or beyond 1.8e19; its step was skipped, weight and state are "
                 f"unchanged ({skipped} skipped so far)",
                 NonFiniteGradientWarning,
-                stacklevel=7,  # _update, _step, step and torch's two wrappers of it lie between here and the caller
+                stacklevel=_frames_to_caller(),
             )
+
+
+def _frames_to_caller() -> int:
+    """The ``stacklevel`` by which the caller names the nearest frame that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
+        level, frame = level + 1, frame.f_back
+    return level

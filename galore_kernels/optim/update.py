@@ -55,7 +55,7 @@ class Update:
         if grad.shape != param.shape or (state and not self.layout.fits(state)):
             raise ValueError(
                 f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}, and its "
-                "state was made for another shape or rank; it was changed since the last step: make a new "
+                "state was made for another shape or rank, or was cast; it was changed since the last step: make a new "
                 "optimizer, or restore it"
             )
 
