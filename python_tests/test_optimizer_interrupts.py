@@ -149,7 +149,7 @@ def test_what_others_keep_in_the_state_is_left_alone(monkeypatch: pytest.MonkeyP
     compare(both)
 
 
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "basis"])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 def test_a_state_tensor_that_moves_is_found_where_it_is(cuda_stand_in: str, key: str) -> None:
     both = []
     for moved in (False, True):

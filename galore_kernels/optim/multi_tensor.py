@@ -31,9 +31,8 @@ from galore_kernels.optim.update import Update
 States = Mapping[Tensor, dict[str, Any]]
 
 _options = itemgetter(*(key for key in KNOWN if key not in ("params", "param_names", "lr", "betas")))
-#: Of a state's tensors, those whose memory somebody might move.
-_LARGE = ("exp_avg", "exp_avg_sq", "basis")
-
+#: Of a state's tensors those whose memory is worth moving elsewhere; who does so moves the smaller ones with them.
+_moments = itemgetter("exp_avg", "exp_avg_sq")
 _dtype, _shape, _layout, _is_leaf = map(attrgetter, ("dtype", "shape", "layout", "is_leaf"))
 
 #: Parameters whose memory a launch may be given. Other subclasses may hold their data elsewhere.
@@ -96,7 +95,7 @@ def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence
         list(map(Tensor.is_inference, present)),
         list(map(id, states)),
         list(map(id, chain.from_iterable(map(dict.values, own)))),
-        [state[key].data_ptr() for key in _LARGE for state in own if key in state],
+        list(map(Tensor.data_ptr, chain.from_iterable(map(_moments, own)))),
     )
 
 
