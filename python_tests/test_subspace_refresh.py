@@ -79,8 +79,8 @@ EDGES = [
     (2, 40, 2),  # rank == min
     (40, 40, 40),
     (40, 24, 24),
-    (64, 64, 23),  # k = 31 < 32: the last that is sketched
-    (64, 64, 24),  # k = 32: the first that is exact
+    (64, 64, 19),  # 24 columns < 0.45 * 64: the last that is sketched
+    (64, 64, 20),  # 32 columns: the first that is exact
 ]
 
 
@@ -96,9 +96,9 @@ def test_edges(rows: int, columns: int, rank: int, method: str) -> None:
 
 def test_randomized_takes_the_exact_path_where_it_is_cheaper() -> None:
     grad = _noise(64, 64)
-    exact = {rank: refresh_basis(grad, rank, method="svd") for rank in (23, 24)}
-    assert torch.equal(refresh_basis(grad, 24), exact[24])
-    assert not torch.equal(refresh_basis(grad, 23), exact[23])
+    exact = {rank: refresh_basis(grad, rank, method="svd") for rank in (19, 20)}
+    assert torch.equal(refresh_basis(grad, 20), exact[20])
+    assert not torch.equal(refresh_basis(grad, 19), exact[19])
 
 
 def _with_offset(grad: Tensor) -> Tensor:
@@ -269,16 +269,18 @@ def tf32() -> Any:
 
 @pytest.mark.usefixtures("tf32")
 def test_products_are_true_fp32_and_the_setting_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    qr = torch.linalg.qr
+    for method, name in (("randomized", "eigh"), ("svd", "qr")):
+        seen: list[str] = []
+        original = getattr(torch.linalg, name)
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(MATMUL.fp32_precision)
-        return qr(*args, **kwargs)
+        def spy(*args: Any, seen: list[str] = seen, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(MATMUL.fp32_precision)
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(torch.linalg, "qr", spy)
-    refresh_basis(_noise(64, 64), 8)
-    assert set(seen) == {"ieee"}
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.linalg, name, spy)
+            refresh_basis(_noise(64, 64), 8, method=method)
+        assert set(seen) == {"ieee"}
     assert MATMUL.fp32_precision == "tf32"
 
 

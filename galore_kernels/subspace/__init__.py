@@ -3,7 +3,7 @@
 Everything here is plain PyTorch, imports nothing else of this package, and runs wherever PyTorch runs.
 """
 
-from galore_kernels.subspace.refresh import REFRESH_METHODS, refresh_basis
+from galore_kernels.subspace.refresh import REFRESH_METHODS, Subspace, find_subspace, refresh_basis
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 
-__all__ = ["PROJ_TYPES", "REFRESH_METHODS", "Side", "projection_side", "refresh_basis"]
+__all__ = ["PROJ_TYPES", "REFRESH_METHODS", "Side", "Subspace", "find_subspace", "projection_side", "refresh_basis"]

@@ -1,36 +1,40 @@
-"""The basis of a gradient: its leading right singular vectors, exactly or by a randomized range finder.
+"""The basis of a gradient: its leading right singular vectors, exactly or from a randomized block Krylov space.
 
-Both methods end in the same stage. The gradient is projected onto an orthonormal basis Q of a space that
-holds its leading left singular vectors, and the small matrix Q.T @ G is decomposed (Rayleigh-Ritz: ordering,
-truncation, singular values). Notation: G is (L, S), the basis P is (S, r), a sketch has k columns.
+Notation: G is (L, S), the basis P is (S, r).
 
-Source: the range finder is Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), algorithms
-4.4 (orthonormalized power iterations) and 5.1; projecting a gradient is GaLore, Zhao et al., arXiv
-2403.03507.
+Sources: projecting a gradient is GaLore, Zhao et al., arXiv 2403.03507; of the randomized method see ``krylov``.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from galore_kernels.subspace.krylov import leading_right_vectors, sparse_sign_sketch
+from galore_kernels.subspace.orthonormal import orthonormalized
 from galore_kernels.subspace.precision import full_precision
 from galore_kernels.subspace.side import unknown_choice
 
 REFRESH_METHODS: tuple[str, ...] = ("randomized", "svd")
 """The values of ``method``."""
 
-# Eight more columns than asked for buy more than another power iteration; two iterations end where
-# torch.svd_lowrank(q=r+8, niter=2) does. Their products are most of the cost.
+# Two blocks of 7/8 (r + 8) columns capture what torch.svd_lowrank(q=r+8, niter=2) does, or more, in four products where
+# that takes six. Products are fastest where their columns are a multiple of 8.
 OVERSAMPLING = 8
-POWER_ITERATIONS = 2
+COLUMNS_MULTIPLE = 8
 
-# A sketch of half the smaller dimension costs as much as the exact decomposition, which is better as well
-# (measured on one CPU thread from 64 x 64 to 2048 x 512: they meet between 0.35 and 0.65).
-EXACT_FROM_FRACTION = 0.5
+# From the previous basis and this many sketched columns one block is enough, two products, unless it captures less than
+# this part of the share that the previous basis captured of its own gradient.
+WARM_COLUMNS = 8
+WARM_SHARE = 0.9
+
+# Blocks of this part of the smaller dimension cost as much as the exact decomposition, which is better as well
+# (measured on one CPU thread at 512 x 512, 1024 x 1024 and 2048 x 512: they meet at ranks of half the dimension).
+EXACT_FROM_FRACTION = 0.45
 
 # Gradients whose largest magnitude is in this range are used where they lie; others are multiplied by a power
 # of two, so that neither squares nor 2^-24 of the largest value leave fp32's normal range.
@@ -43,7 +47,22 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP32_EPS = torch.finfo(torch.float32).eps
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Subspace:
+    """What ``find_subspace`` found.
+
+    Attributes:
+        basis: P, (S, r) float32, contiguous, on the gradient's device; ``previous`` itself where nothing was found.
+        captured: estimate, from below, of the share |G @ P|_F^2 / |G|_F^2; 0-d float64 on that device.
+        found: whether the gradient held any directions. cold: whether the search began with a sketch.
+    """
+
+    basis: Tensor
+    captured: Tensor
+    found: bool
+    cold: bool
+
+
 def refresh_basis(
     grad: Tensor,
     rank: int,
@@ -53,6 +72,21 @@ def refresh_basis(
     generator: torch.Generator | None = None,
     method: str = "randomized",
 ) -> Tensor:
+    """The basis that ``find_subspace`` finds from a cold start."""
+    return find_subspace(grad, rank, previous=previous, seed=seed, generator=generator, method=method).basis
+
+
+@torch.no_grad()
+def find_subspace(
+    grad: Tensor,
+    rank: int,
+    *,
+    previous: Tensor | None = None,
+    captured: float | Tensor | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    method: str = "randomized",
+) -> Subspace:
     """The leading right singular vectors of a gradient.
 
     - Active columns are orthonormal to 1e-5 and ordered by falling singular value.
@@ -64,37 +98,37 @@ def refresh_basis(
       exceed ``sqrt(max(L, S)) * eps(fp32) * sigma_1``, from this function's arithmetic, or
       ``2.5 * eps(grad.dtype) * |G|_F * (1/sqrt(L) + 1/sqrt(S))``, the largest singular value that a matrix of
       the gradient's own rounding errors has: what a 16-bit gradient of low rank carries.
-    - A gradient that is zero, or has a NaN or an infinity, holds no directions: the result is ``previous``
-      itself (the same object, so a caller can tell), or without one an all-zero basis, under which a weight
-      doesn't move; the optimizer then tries again at its next step. So it is too if every decomposition
-      failed to converge.
+    - A gradient that is zero, or has a NaN or an infinity, holds no directions: the basis is ``previous``
+      itself, or without one an all-zero basis, under which a weight doesn't move; the optimizer then tries
+      again at its next step. So it is too if every decomposition failed to converge.
     - Equal arguments give bitwise equal results on one device, number of threads and build of PyTorch. The
       global random state is neither read nor changed.
 
     Arithmetic is fp32, whatever autocast or the precision settings of matrix products say. A gradient is
     copied if it is not fp32, if its strides suit no matrix product, or if its scale is extreme; otherwise
-    never. One number is read back from the device.
+    never. One number is read back from the device, two with a warm start.
 
     Args:
         grad: (L, S), float32, bfloat16, float16 or float64, on any device, with any strides; pass ``grad.T``
-        for side "left". rank: number of columns wanted; the basis has r = min(rank, L, S). previous: (S, r),
-        the basis to keep when the gradient holds none. seed: of the sketch's random numbers, 0 <= seed <
-        2**64; 0 if neither seed nor generator is given.
+            for side "left".
+        rank: number of columns wanted; the basis has r = min(rank, L, S).
+        previous: (S, r), the basis to keep when the gradient holds none, and to start from with ``captured``.
+        captured: what an earlier search returned as such with ``previous``. The search then starts from
+            ``previous`` and eight sketched columns, and is half as long; if it captures less than 0.9 of this
+            share it is followed by a cold one. Of no effect where the decomposition is exact.
+        seed: of the sketch's random numbers, 0 <= seed < 2**64; 0 if neither seed nor generator is given.
             They are drawn on the CPU, so that the sketch is the same on every device.
         generator: the sketch's random numbers, instead of ``seed``; may live on another device than ``grad``.
-        method: "randomized": a Gaussian sketch of min(rank + 8, L, S) columns and two power iterations, which
-            is six products with that many columns; captures at least 0.99 of the exact energy |G @ P|_F^2 on
-            a spectrum that decays, 0.93 and more on Gaussian noise; where the sketch would be half of min(L,
-            S) or more, the exact decomposition, which costs no more there. "svd": always the exact
-            decomposition; draws no numbers.
-
-    Returns:
-        P: (S, r) float32, contiguous, on ``grad``'s device.
+        method: "randomized": a block Krylov space from a sparse sign sketch, four products with 7/8 (rank + 8)
+            columns; captures at least 0.99 of the exact energy |G @ P|_F^2 on a spectrum that decays, 0.9 and
+            more on Gaussian noise; above ranks of about half the smaller dimension the exact decomposition, which
+            costs no more there. "svd": always the exact decomposition; draws no numbers.
 
     Raises:
         TypeError: ``grad``, ``previous`` or ``generator`` of the wrong type; ``rank`` or ``seed`` no integer.
         ValueError: ``grad`` not a dense, non-empty matrix of one of those dtypes; ``rank`` < 1; ``previous``
-            of another shape; both ``seed`` and ``generator``; ``seed`` out of range; unknown ``method``.
+            of another shape; both ``seed`` and ``generator``; ``seed`` out of range; unknown ``method``;
+            ``captured`` without ``previous``.
     """
     _check_grad_and_rank(grad, rank)
     if method not in REFRESH_METHODS:
@@ -102,49 +136,64 @@ def refresh_basis(
     rank = min(rank, *grad.shape)
     if previous is not None:
         _check_previous(previous, (grad.shape[1], rank))
+    elif captured is not None:
+        raise ValueError(f"captured={captured}: expected None without previous; pass the basis it belongs to")
     source = _random_source(seed, generator)
 
     largest = _largest_magnitude(grad)
     if 0.0 < largest < math.inf:  # false for NaN as well
         try:
             with full_precision(), torch.autocast(grad.device.type, enabled=False):
-                return _leading_right_vectors(grad, largest, rank, source, method)
+                matrix = _as_fp32(grad, largest)
+                columns = _block_columns(matrix.shape, rank, method)
+                if columns is not None and captured is not None and previous is not None:
+                    warm = _warm(matrix, previous, source, grad.dtype)
+                    if bool(warm.captured >= WARM_SHARE * captured):
+                        return warm
+                return _cold(matrix, rank, source, grad.dtype, columns)
         except LinAlgError:
             pass  # documented above: no decomposition converged, which is not worth a training run
-    return grad.new_zeros((grad.shape[1], rank), dtype=torch.float32) if previous is None else previous
+    if previous is None:
+        previous = grad.new_zeros((grad.shape[1], rank), dtype=torch.float32)
+    return Subspace(previous, torch.zeros((), dtype=torch.float64, device=grad.device), found=False, cold=True)
 
 
-def _leading_right_vectors(grad: Tensor, largest: float, rank: int, source: torch.Generator, method: str) -> Tensor:
-    matrix = _as_fp32(grad, largest)
-    long, short = matrix.shape
-    columns = min(rank + OVERSAMPLING, long, short)
-    if method == "svd" or columns >= EXACT_FROM_FRACTION * min(long, short):
-        # LAPACK's vectors could be returned as they are, but of coherent gradients (a constant matrix) its
-        # small singular values are rounding of up to 100 eps sigma_1; the stage below brings that to less
-        # than 1 eps.
-        span = matrix @ _right_singular(matrix, rank)[0]
-    else:
-        span = _sketch(matrix, columns, source)
-    left = torch.linalg.qr(span).Q
-    basis, sigma = _right_singular(left.mT @ matrix, rank)
-
-    pivot = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    basis = torch.where(pivot < 0, -basis, basis)
-    active = sigma > _noise_level(matrix, sigma[0], grad.dtype)  # false for NaN as well
-    return basis.masked_fill_(~active, 0.0).contiguous()
+def _block_columns(shape: torch.Size, rank: int, method: str) -> int | None:
+    """Columns of a cold start's blocks, or None where the decomposition is exact."""
+    columns = -(-7 * (rank + OVERSAMPLING) // (8 * COLUMNS_MULTIPLE)) * COLUMNS_MULTIPLE
+    return None if method == "svd" or columns >= EXACT_FROM_FRACTION * min(shape) else columns
 
 
-def _sketch(matrix: Tensor, columns: int, source: torch.Generator) -> Tensor:
-    """(L, k): a span that holds the leading left singular vectors, not orthonormal."""
-    random = torch.randn(matrix.shape[1], columns, generator=source, device=source.device, dtype=torch.float32).to(
-        matrix.device
-    )
-    span = matrix @ random
-    for _ in range(POWER_ITERATIONS):
-        # Without a QR after each product the smaller directions would drown in the larger ones' rounding.
-        right = torch.linalg.qr(matrix.mT @ torch.linalg.qr(span).Q).Q
-        span = matrix @ right
-    return span
+def _cold(matrix: Tensor, rank: int, source: torch.Generator, grad_dtype: torch.dtype, columns: int | None) -> Subspace:
+    if columns is None:
+        return _settled(matrix, *_exact(matrix, rank), grad_dtype, cold=True)
+    start = orthonormalized(sparse_sign_sketch(matrix, columns, source).mT, passes=1)
+    return _settled(matrix, *leading_right_vectors(matrix, start, blocks=2, rank=rank), grad_dtype, cold=True)
+
+
+def _warm(matrix: Tensor, previous: Tensor, source: torch.Generator, grad_dtype: torch.dtype) -> Subspace:
+    sketch = sparse_sign_sketch(matrix, WARM_COLUMNS, source)
+    start = orthonormalized(torch.cat([previous.to(matrix.device, torch.float32), sketch.mT], dim=1), passes=1)
+    rank = previous.shape[1]
+    return _settled(matrix, *leading_right_vectors(matrix, start, blocks=1, rank=rank), grad_dtype, cold=False)
+
+
+def _settled(matrix: Tensor, vectors: Tensor, sigma: Tensor, grad_dtype: torch.dtype, *, cold: bool) -> Subspace:
+    """The subspace of these vectors: signs chosen, noise left out, orthonormal."""
+    pivot = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    vectors = torch.where(pivot < 0, -vectors, vectors)
+    norm = torch.linalg.vector_norm(matrix)
+    active = sigma > _noise_level(matrix.shape, norm, sigma[0], grad_dtype)  # false for NaN as well
+    basis = orthonormalized(vectors.masked_fill_(~active, 0.0)).contiguous()
+    captured = sigma.double().masked_fill(~active, 0.0).square().sum() / norm.double().square()
+    return Subspace(basis, captured, found=True, cold=cold)
+
+
+def _exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    # LAPACK's vectors could be returned as they are, but of coherent gradients (a constant matrix) its small singular
+    # values are rounding of up to 100 eps sigma_1; projecting on them and decomposing again brings that to less than 1.
+    left = torch.linalg.qr(matrix @ _right_singular(matrix, rank)[0]).Q
+    return _right_singular(left.mT @ matrix, rank)
 
 
 def _right_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -174,7 +223,7 @@ def _left_singular_square(core: Tensor) -> tuple[Tensor, Tensor]:
         return vectors.flip(-1).float(), squares.flip(-1).sqrt().float()  # NaN of a square that rounded below zero
 
 
-def _noise_level(matrix: Tensor, sigma_1: Tensor, grad_dtype: torch.dtype) -> Tensor:
+def _noise_level(shape: torch.Size, norm: Tensor, sigma_1: Tensor, grad_dtype: torch.dtype) -> Tensor:
     """Singular values up to this are rounding: this function's own, or the gradient's. See ``refresh_basis``.
 
     Measured on gradients of rank 1, 5 and 40 whose factors were Gaussian, heavy-tailed, sparse, positive,
@@ -185,10 +234,10 @@ def _noise_level(matrix: Tensor, sigma_1: Tensor, grad_dtype: torch.dtype) -> Te
     tighter on those, and was rejected: under one outlier row it would silence real directions of all the
     others.
     """
-    long, short = matrix.shape
+    long, short = shape
     arithmetic = math.sqrt(max(long, short)) * FP32_EPS * sigma_1
     spread = torch.finfo(grad_dtype).eps * (1.0 / math.sqrt(long) + 1.0 / math.sqrt(short))
-    return torch.maximum(arithmetic, ROUNDING_MARGIN * spread * torch.linalg.vector_norm(matrix))
+    return torch.maximum(arithmetic, ROUNDING_MARGIN * spread * norm)
 
 
 def _largest_magnitude(grad: Tensor) -> float:
