@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from spectra import DECAYING, NOISE_LIKE, energy_share, gradient, index, matrix_of_spectrum
 from torch import Tensor
 
 from galore_kernels.subspace import REFRESH_METHODS, refresh, refresh_basis
@@ -27,47 +27,8 @@ SAME_COLUMNS = 1e-4
 # Share of Adam's update in the gradient's own row space; with r - 1 columns of noise it would be near 1/r.
 UPDATE_SHARE = 0.999
 
-Spectrum = Callable[[int, int], Tensor]
-
-
-def _index(size: int) -> Tensor:
-    return torch.arange(1, size + 1, dtype=torch.float64)
-
-
-DECAYING: dict[str, Spectrum] = {
-    "geometric": lambda size, rank: 0.9 ** _index(size),  # below fp32's eps within the matrix
-    "1/i": lambda size, rank: 1 / _index(size),
-    "1/i^2": lambda size, rank: _index(size) ** -2,  # the last columns are near 16-bit rounding noise
-    "1/sqrt(i)": lambda size, rank: _index(size) ** -0.5,  # the slowest that must still reach 0.99
-    "rank r/3": lambda size, rank: (_index(size) <= rank // 3).double(),  # fewer directions than columns
-    "rank r": lambda size, rank: (_index(size) <= rank).double(),  # exactly as many
-    "rank r+8": lambda size, rank: 0.99 ** _index(size) * (_index(size) <= rank + 8),  # exactly the sketch
-    "step 10:1": lambda size, rank: torch.where(_index(size) <= rank, 10.0, 1.0).double(),
-}
-NOISE_LIKE: dict[str, Spectrum | None] = {
-    "0.99^i": lambda size, rank: 0.99 ** _index(size),  # falls by a quarter over the basis
-    "step 1.1:1": lambda size, rank: torch.where(_index(size) <= rank, 1.1, 1.0).double(),  # hardest: no gap to find
-    "Gaussian noise": None,
-}
 # Tall, wide and square, all with r + 8 < min / 2, so that "randomized" doesn't take the exact path.
-SHAPES = [(384, 192, 24), (192, 384, 24), (256, 256, 40)]
-
-
-def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
-
-
-def matrix_of_spectrum(sigma: Tensor, rows: int, columns: int, seed: int) -> Tensor:
-    """A float64 (rows, columns) matrix with these singular values and random singular vectors."""
-    generator = torch.Generator().manual_seed(seed)
-    size = sigma.numel()
-    return (_orthonormal(rows, size, generator) * sigma) @ _orthonormal(columns, size, generator).T
-
-
-def energy_share(grad: Tensor, basis: Tensor) -> float:
-    """|G @ P|_F^2 over the exact top-r energy, in float64."""
-    exact = torch.linalg.svdvals(grad.double())[: basis.shape[1]].square().sum()
-    return ((grad.double() @ basis.double()).square().sum() / exact).item()
+SHAPES = [(384, 192, 24), (192, 384, 24), (256, 256, 40), (400, 300, 96)]
 
 
 def active_columns(basis: Tensor) -> Tensor:
@@ -89,7 +50,7 @@ def assert_orthonormal(basis: Tensor) -> None:
 def test_energy_on_spectra_that_decay(name: str, shape: tuple[int, int, int]) -> None:
     rows, columns, rank = shape
     for seed in (0, 1):
-        grad = matrix_of_spectrum(DECAYING[name](min(rows, columns), rank), rows, columns, seed)
+        grad = gradient(name, rows, columns, rank, seed)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             randomized = refresh_basis(grad.to(dtype), rank, seed=seed)
             exact = refresh_basis(grad.to(dtype), rank, method="svd")
@@ -103,13 +64,9 @@ def test_energy_on_spectra_that_decay(name: str, shape: tuple[int, int, int]) ->
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_energy_on_noise_is_no_less_than_svd_lowrank(name: str, shape: tuple[int, int, int]) -> None:
     rows, columns, rank = shape
-    spectrum = NOISE_LIKE[name]
     ours, theirs = [], []
     for seed in SEEDS:
-        if spectrum is None:
-            grad = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-        else:
-            grad = matrix_of_spectrum(spectrum(min(rows, columns), rank), rows, columns, seed).float()
+        grad = gradient(name, rows, columns, rank, seed).float()
         ours.append(energy_share(grad, refresh_basis(grad, rank, seed=seed)))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -123,7 +80,7 @@ def test_energy_on_noise_is_no_less_than_svd_lowrank(name: str, shape: tuple[int
 @pytest.mark.parametrize("shape", [(200, 120), (120, 200), (160, 160)], ids=str)  # each branch of the decomposition
 def test_methods_agree_on_a_decaying_spectrum(shape: tuple[int, int]) -> None:
     # Column by column, so order and signs agree too.
-    grad = matrix_of_spectrum(0.5 ** _index(min(shape)), *shape, seed=3)
+    grad = matrix_of_spectrum(0.5 ** index(min(shape)), *shape, seed=3)
     reference = torch.linalg.svd(grad, full_matrices=False).Vh[:6].T
     for method in REFRESH_METHODS:
         basis = refresh_basis(grad.float(), 6, method=method)
@@ -151,7 +108,7 @@ SCALES = [
 @pytest.mark.parametrize("method", REFRESH_METHODS)
 @pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
 def test_extreme_scales(dtype: torch.dtype, scale: float, method: str) -> None:
-    unit = matrix_of_spectrum(1 / _index(96), 96, 128, seed=1)
+    unit = matrix_of_spectrum(1 / index(96), 96, 128, seed=1)
     unit /= unit.abs().max()
     grad = (unit * scale).to(dtype)
     basis = refresh_basis(grad, 12, method=method)
@@ -162,7 +119,7 @@ def test_extreme_scales(dtype: torch.dtype, scale: float, method: str) -> None:
 
 @pytest.mark.parametrize("method", REFRESH_METHODS)
 def test_a_power_of_two_changes_nothing(method: str) -> None:
-    grad = matrix_of_spectrum(1 / _index(96), 96, 128, seed=1).float()
+    grad = matrix_of_spectrum(1 / index(96), 96, 128, seed=1).float()
     expected = refresh_basis(grad, 12, method=method)
     for exponent in (-90, 90):  # rescaled, where the original isn't
         assert torch.equal(refresh_basis(grad * 2.0**exponent, 12, method=method), expected)

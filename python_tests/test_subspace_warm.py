@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_subspace_quality import DECAYING, assert_orthonormal, energy_share, matrix_of_spectrum
+from spectra import DECAYING, energy_share, gradient
+from test_subspace_quality import assert_orthonormal
 from torch import Tensor
 
 from galore_kernels.subspace import find_subspace, krylov, refresh
@@ -23,7 +24,7 @@ def drifted(grad: Tensor, seed: int, by: float) -> Tensor:
 @pytest.mark.parametrize("name", DECAYING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_warm_start_captures_what_a_cold_one_does_where_the_spectrum_decays(name: str, dtype: torch.dtype) -> None:
-    grad = matrix_of_spectrum(DECAYING[name](min(SHAPE), RANK), *SHAPE, seed=1)
+    grad = gradient(name, *SHAPE, RANK, seed=1)
     before = find_subspace(drifted(grad, 0, 0.3).to(dtype), RANK)
     warm = find_subspace(grad.to(dtype), RANK, previous=before.basis, captured=0.0)
     assert before.cold
@@ -61,7 +62,7 @@ def test_it_improves_from_refresh_to_refresh() -> None:
 
 
 def test_it_starts_anew_where_the_previous_basis_captures_too_little() -> None:
-    before = find_subspace(matrix_of_spectrum(DECAYING["1/i"](192, RANK), *SHAPE, seed=1), RANK)
+    before = find_subspace(gradient("1/i", *SHAPE, RANK, seed=1), RANK)
     noise = torch.randn(SHAPE)
     kept = find_subspace(noise, RANK, previous=before.basis, captured=0.0)
     anew = find_subspace(noise, RANK, previous=before.basis, captured=before.captured)
@@ -74,7 +75,7 @@ def test_it_starts_anew_where_the_previous_basis_captures_too_little() -> None:
 
 
 def test_a_zero_basis_is_no_hindrance() -> None:
-    grad = matrix_of_spectrum(DECAYING["1/i"](192, RANK), *SHAPE, seed=1).float()
+    grad = gradient("1/i", *SHAPE, RANK, seed=1).float()
     warm = find_subspace(grad, RANK, previous=torch.zeros(SHAPE[1], RANK), captured=0.0)
     assert_orthonormal(warm.basis)
     assert torch.count_nonzero(warm.basis.any(dim=0)) == 8  # the sketched columns are all there is to start from
@@ -82,8 +83,8 @@ def test_a_zero_basis_is_no_hindrance() -> None:
 
 @pytest.mark.parametrize("method", ["randomized", "svd"])
 def test_what_it_says_it_captured_is_no_more_than_it_did(method: str) -> None:
-    for name, spectrum in DECAYING.items():
-        grad = matrix_of_spectrum(spectrum(192, RANK), *SHAPE, seed=1).float()
+    for name in DECAYING:
+        grad = gradient(name, *SHAPE, RANK, seed=1).float()
         found = find_subspace(grad, RANK, method=method)
         share = ((grad.double() @ found.basis.double()).square().sum() / grad.double().square().sum()).item()
         assert share * 0.99 <= float(found.captured) <= share * (1 + 1e-5), name

@@ -14,8 +14,8 @@ def orthonormalized(columns: Tensor, passes: int = 2) -> Tensor:
     """An orthonormal basis of the columns' span, each column in the span of itself and those before it.
 
     Two passes leave columns orthonormal to a few 1e-6 if their condition is below 1e3 once they are of one length, as
-    they need not be; one pass leaves them well conditioned. Columns that depend on those before them come out shorter than
-    1 after one pass, of no particular direction after two. Zero columns stay zero.
+    they need not be; one pass leaves them well conditioned. Columns that depend on those before them come out shorter
+    than 1 after one pass, of no particular direction after two. Zero columns stay zero.
 
     Source: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices" (2020),
     algorithms 3.1 and 4.1; here the Gram matrix is scaled to a unit diagonal first, and factored in float64.

@@ -22,8 +22,9 @@ from galore_kernels.subspace.side import unknown_choice
 REFRESH_METHODS: tuple[str, ...] = ("randomized", "svd")
 """The values of ``method``."""
 
-# Two blocks of 7/8 (r + 8) columns capture what torch.svd_lowrank(q=r+8, niter=2) does, or more, in four products where
-# that takes six. Products are fastest where their columns are a multiple of 8.
+# Two blocks of r + 8 columns capture more than torch.svd_lowrank(q=r+8, niter=2) does, in four products where that
+# takes six. Fewer than r would lose directions of equal singular values: among those a block finds no more than it has
+# columns. Products are fastest where their columns are a multiple of 8.
 OVERSAMPLING = 8
 COLUMNS_MULTIPLE = 8
 
@@ -34,7 +35,7 @@ WARM_SHARE = 0.9
 
 # Blocks of this part of the smaller dimension cost as much as the exact decomposition, which is better as well
 # (measured on one CPU thread at 512 x 512, 1024 x 1024 and 2048 x 512: they meet at ranks of half the dimension).
-EXACT_FROM_FRACTION = 0.45
+EXACT_FROM_FRACTION = 0.5
 
 # Gradients whose largest magnitude is in this range are used where they lie; others are multiplied by a power
 # of two, so that neither squares nor 2^-24 of the largest value leave fp32's normal range.
@@ -119,7 +120,7 @@ def find_subspace(
         seed: of the sketch's random numbers, 0 <= seed < 2**64; 0 if neither seed nor generator is given.
             They are drawn on the CPU, so that the sketch is the same on every device.
         generator: the sketch's random numbers, instead of ``seed``; may live on another device than ``grad``.
-        method: "randomized": a block Krylov space from a sparse sign sketch, four products with 7/8 (rank + 8)
+        method: "randomized": a block Krylov space from a sparse sign sketch, four products with rank + 8
             columns; captures at least 0.99 of the exact energy |G @ P|_F^2 on a spectrum that decays, 0.9 and
             more on Gaussian noise; above ranks of about half the smaller dimension the exact decomposition, which
             costs no more there. "svd": always the exact decomposition; draws no numbers.
@@ -160,7 +161,7 @@ def find_subspace(
 
 def _block_columns(shape: torch.Size, rank: int, method: str) -> int | None:
     """Columns of a cold start's blocks, or None where the decomposition is exact."""
-    columns = -(-7 * (rank + OVERSAMPLING) // (8 * COLUMNS_MULTIPLE)) * COLUMNS_MULTIPLE
+    columns = -(-(rank + OVERSAMPLING) // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
     return None if method == "svd" or columns >= EXACT_FROM_FRACTION * min(shape) else columns
 
 
