@@ -375,3 +375,15 @@ def test_the_overhead_of_a_step_is_less_in_groups() -> None:
 
     found = {what: step_overhead.measure(what, True, steps=3, layers=4).median for what in step_overhead.GROUPS}
     assert max(found["optimizer"], found["optimizer and pipeline"]) < found["one at a time"]
+
+
+def test_subspaces_are_judged_and_timed(tmp_path: Path) -> None:
+    pytest.importorskip("galore_torch", reason="bench extra")
+    import subspace_bench
+
+    assert subspace_bench.main(["--quick", "--json", str(tmp_path / "subspace.json")]) == 0
+    data = json.loads((tmp_path / "subspace.json").read_text())
+    ours = [row for row in data["quality"] if row["method"] == "ours, cold"]
+    assert len(ours) == 11 * 3
+    assert all(0.8 < row["share"] <= 1.001 and row["orthonormality"] < 1e-5 for row in ours)
+    assert {row["method"] for row in data["timings"]} >= {"ours, cold", "ours, warm", "galore_torch"}

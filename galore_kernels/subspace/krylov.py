@@ -21,16 +21,18 @@ from galore_kernels.subspace.orthonormal import orthonormalized
 def sparse_sign_sketch(matrix: Tensor, count: int, source: torch.Generator) -> Tensor:
     """(k, S): sums of the rows of ``matrix`` with random signs, each row in one sum drawn at random; k <= L.
 
-    It costs one reading of the matrix. The numbers are drawn where ``source`` lives.
+    It costs one reading of the matrix, and a copy if its rows aren't contiguous. The numbers are drawn where ``source``
+    lives.
     """
     rows = matrix.shape[0]
-    order = torch.randperm(rows, generator=source, device=source.device).to(matrix.device)
-    signs = torch.randint(0, 2, (rows, 1), generator=source, device=source.device).to(matrix.device) * 2.0 - 1.0
-    sketch = torch.zeros(count, matrix.shape[1], dtype=torch.float32, device=matrix.device)
-    for start in range(0, rows, count):  # gathered in parts: adding by index has no fixed order on a GPU
-        part = order[start : start + count]
-        sketch[: len(part)].addcmul_(matrix.index_select(0, part), signs[start : start + count])
-    return sketch
+    order = torch.randperm(rows, generator=source, device=source.device)
+    signs = torch.randint(0, 2, (rows,), generator=source, device=source.device) * 2.0 - 1.0
+    places = torch.stack([torch.arange(rows, device=source.device) % count, order])
+    sums = torch.sparse_coo_tensor(
+        places, signs.float(), (count, rows), device=source.device, check_invariants=False
+    ).to(matrix.device)
+    # Of columns that lie one behind the other a copy takes less time than a sparse product with them would.
+    return sums @ matrix.contiguous()
 
 
 def leading_right_vectors(matrix: Tensor, right: Tensor, blocks: int, rank: int) -> tuple[Tensor, Tensor]:
