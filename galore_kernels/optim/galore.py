@@ -28,7 +28,7 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
         scale: GaLore's alpha, > 0.
         proj_type: "std" projects the smaller dimension, "reverse_std" the larger, "left" rows, "right" columns,
             "full" both.
-        refresh_method: "randomized" (range finder) or "svd" (exact).
+        refresh_method: "randomized" (block Krylov space) or "svd" (exact).
         stochastic_rounding: round bfloat16 weights stochastically; other dtypes round to nearest in any case.
         maximize: ascend instead of descend.
         project_nd: project tensors of three and more dimensions (convolutions) as (first, rest) matrices.
