@@ -215,12 +215,20 @@ def test_kill_9_at_random_moments_and_resume(text: Path, finished: Path, tmp_pat
     resume = ["--out", str(tmp_path), "--resume", str(tmp_path / "run"), "--save-every", "1", "--log-every", "3"]
     draw = random.Random(1)
     kills = 0
+
+    def saved() -> list[Path]:
+        return sorted((tmp_path / "run").glob("checkpoint-*.pt"))
+
+    def last_step() -> int:
+        return max((int(path.stem.partition("-")[2]) for path in saved()), default=0)
+
     while True:
-        saved = sorted((tmp_path / "run").glob("checkpoint-*.pt"))
-        for path in saved:
+        for path in saved():
             checkpoint.load(path)
-        child = start_in_child(resume if saved else begin)  # killed before its first save, it begins again
-        time.sleep(draw.uniform(0.0, 0.5))
+        wanted = min(last_step() + draw.randint(0, 2), 12)
+        child = start_in_child(resume if saved() else begin)  # killed before its first save, it begins again
+        wait_for(lambda wanted=wanted: last_step() >= wanted, time.monotonic() + 60)
+        time.sleep(draw.uniform(0.0, 0.05))
         if kills < 8:
             os.kill(child, signal.SIGKILL)
         status = exit_status(child)
