@@ -107,7 +107,7 @@ def test_a_group_that_is_called_again_after_a_cut_off_write(
     assert all(torch.equal(weight, weights[0]) for weight in weights)
 
 
-def test_a_report_that_raises_at_the_end_leaves_no_interrupted_step(cuda_stand_in: str) -> None:
+def test_a_report_that_raises_at_the_end_leaves_no_interrupted_step() -> None:
     params = make_params({"first": (50,), "last": (60,)})
     optimizer = GaLoreFusedAdam8bit(params.values(), backend="reference")
     train(optimizer, params, range(2))

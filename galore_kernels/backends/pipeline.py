@@ -378,9 +378,8 @@ class _PreparedGroup:
         if batch.table is None:
             batch = self._pipeline.tabled(batch)
         elif batch.gradients != self._batch.gradients:
-            self._batch = replace(
-                self._batch, gradients=()
-            )  # of a write that is cut short nobody knows how far it came
+            # Of a write that is cut short nobody knows how far it came.
+            self._batch = replace(self._batch, gradients=())
             self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, batch.gradients)
         self._batch = batch
         if self._group.operation == "adam8bit_update":

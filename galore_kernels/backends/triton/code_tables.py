@@ -19,8 +19,6 @@ from galore_kernels.quantizers import dynamic_map, rounding_thresholds
 FIRST_BUCKET = (127 - 23) << 7
 BUCKETS = (127 << 7) - FIRST_BUCKET + 1
 
-_CODES = 256
-
 
 def lowest_of_buckets() -> Tensor:
     """The lowest float of each bucket: the positive ones from the smallest up, then the negative ones likewise."""
