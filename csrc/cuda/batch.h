@@ -14,12 +14,13 @@ struct TensorRow {
     void* v;
     float* m_absmax;
     float* v_absmax;
+    const float* basis_scale;  // of the columns, if the basis is quantized
     float* step;
     index_t* skipped;
     std::uint64_t seed;
     const void* grad;
 };
-static_assert(sizeof(TensorRow) == 10 * sizeof(std::int64_t), "a row of the table is ten int64");
+static_assert(sizeof(TensorRow) == 11 * sizeof(std::int64_t), "a row of the table is eleven int64");
 
 struct Batch {
     const TensorRow* table;  // on the device; null: the one row travels with the launch

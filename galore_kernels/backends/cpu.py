@@ -108,11 +108,14 @@ def galore_update(
     grad: Tensor,
     basis: Tensor,
     long_basis: Tensor | None,
+    basis_scale: Tensor | None,
     state: AdamState,
     options: AdamOptions,
     side: str,
     scale: float,
 ) -> None:
+    if basis_scale is not None:
+        raise NotImplementedError("quantized bases")
     if _found_inf(options):
         return
     grad, threads = grad.contiguous(), torch.get_num_threads()
@@ -139,7 +142,7 @@ def galore_update(
     if not representable:
         state.skipped.add_(1)
         return
-    _update_weight(param, lowrank, basis, long_basis, state, options, side, scale, workspace, threads)
+    _update_weight(param, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads)
 
 
 def lowrank_update(
@@ -147,11 +150,14 @@ def lowrank_update(
     lowrank_grad: Tensor,
     basis: Tensor,
     long_basis: Tensor | None,
+    basis_scale: Tensor | None,
     state: AdamState,
     options: AdamOptions,
     side: str,
     scale: float,
 ) -> None:
+    if basis_scale is not None:
+        raise NotImplementedError("quantized bases")
     if _found_inf(options):
         return
     threads = torch.get_num_threads()
@@ -164,7 +170,7 @@ def lowrank_update(
     if not _representable(lowrank, threads):
         state.skipped.add_(1)
         return
-    _update_weight(param, lowrank, basis, long_basis, state, options, side, scale, workspace, threads)
+    _update_weight(param, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads)
 
 
 def _workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
@@ -181,6 +187,7 @@ def _update_weight(
     lowrank: Tensor,
     basis: Tensor,
     long_basis: Tensor | None,
+    basis_scale: Tensor | None,
     state: AdamState,
     options: AdamOptions,
     side: str,

@@ -22,7 +22,8 @@ from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
 from galore_kernels.ops.projection import long_short
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: int8 and uint8 are the codes of bases in the formats "int8" and "int4".
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 SIDE_CODES = {"right": 0, "left": 1}
 
 #: 32-bit words of a tensor's control row: the eight floats of AdamCoefficients in their order (csrc/core/adam.h), the
@@ -34,10 +35,10 @@ CONTROL_WORDS = 16
 WORKSPACE_BYTES = 256 * 2**20
 
 #: Columns of a table of addresses; the gradients' is the last.
-TABLE_COLUMNS = 10
+TABLE_COLUMNS = 11
 
 #: Columns that point to data, which the kernels may load as vectors.
-_DATA_COLUMNS = 6
+_DATA_COLUMNS = 7
 
 #: What the kernels' vector loads need of every address, and of the bytes in a row.
 ALIGNMENT = 16
@@ -48,13 +49,14 @@ class Batch:
     """N tensors of one shape as the kernels see them.
 
     Attributes:
-        addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, step,
-            skipped, and the rounding seed (0 where there is none).
+        addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
+            basis_scale, step, skipped, and the rounding seed; 0 where there is none.
         gradients: the gradients' addresses; none before ``with_gradients``.
         table: both as an int64 tensor (N, TABLE_COLUMNS) on the device; None for a single tensor, whose row travels
             with the launch.
         shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
         moments: elements of each moment.
+        basis_dtype: of the basis, or of its codes: int8, or uint8 for two 4-bit codes in a byte.
         fixed_aligned: whether every address and every row of weight, moments and basis is a multiple of 16 bytes.
         aligned: the same of the gradients too.
     """
@@ -87,6 +89,11 @@ class Batch:
         """Number of tensors."""
         return len(self.addresses)
 
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """Dtype that the basis is multiplied in, and the direction stored: the basis', or the weight's for codes."""
+        return self.basis_dtype if self.basis_dtype.is_floating_point else self.weight_dtype
+
     def long_short(self) -> tuple[int, int]:
         """(L, S) of the matrices."""
         return long_short(self.shape, self.side)
@@ -96,7 +103,8 @@ class Stages(Protocol):
     """What a device backend implements. Every method only enqueues work on the current stream of the device.
 
     ``control`` is int32 (N, CONTROL_WORDS), ``lowrank`` float32 (N, elements), ``direction`` (N, elements) of float32
-    or of the basis' 16-bit dtype. A stage after ``prepare`` changes nothing of a tensor whose skip flag is set.
+    or of ``Batch.factor_dtype``. A stage after ``prepare`` changes nothing of a tensor whose skip flag is set. Of a
+    quantized basis ``project`` multiplies its sums, and ``lowrank_adam`` the direction, by the columns' scales.
     """
 
     def write_column(self, table: Tensor, column: int, values: Sequence[int]) -> None:
@@ -109,7 +117,7 @@ class Stages(Protocol):
         """Into how many parts ``project`` should cut the short dimension, so that the device is busy."""
 
     def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
-        """lowrank = projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be.
+        """lowrank = projected gradient, times the columns' scales of a quantized basis; if ``final``, scaled and signed, and the skip flag set where it must be.
 
         ``partial``: float32 (splits, N, elements) for the sums of the parts; None if there is one part.
         """
@@ -118,7 +126,10 @@ class Stages(Protocol):
         """lowrank = source (N, elements) scaled and signed, and the skip flag. Both may be the same tensor."""
 
     def lowrank_adam(self, batch: Batch, control: Tensor, lowrank: Tensor, direction: Tensor) -> None:
-        """Updates moments, ``step`` and ``skipped``; direction = Adam's direction. It may be ``lowrank`` itself."""
+        """Updates moments, ``step`` and ``skipped``; direction = Adam's direction, times the columns' scales.
+
+        It may be ``lowrank`` itself.
+        """
 
     def back_project_update(self, batch: Batch, control: Tensor, direction: Tensor) -> None:
         """The weights, from the (L, r) direction."""
@@ -132,12 +143,19 @@ class Stages(Protocol):
     def galore_update(self, batch: Batch, control: Tensor) -> None:
         """project, lowrank_adam and back_project_update in one launch."""
 
+    def rotate_moments(
+        self, source: AdamState, target: AdamState, rotation: Tensor, beta1: float, beta2: float
+    ) -> None:
+        """The moments of ``target`` from those of ``source``: see ``galore_kernels.ops.rotate_moments``."""
+
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _row(param: Tensor, basis: Tensor | None, state: AdamState, seed: int | None) -> tuple[int, ...]:
+def _row(
+    param: Tensor, basis: Tensor | None, basis_scale: Tensor | None, state: AdamState, seed: int | None
+) -> tuple[int, ...]:
     tensors = (
         param,
         basis,
@@ -145,6 +163,7 @@ def _row(param: Tensor, basis: Tensor | None, state: AdamState, seed: int | None
         state.exp_avg_sq,
         state.exp_avg_absmax,
         state.exp_avg_sq_absmax,
+        basis_scale,
         state.step,
         state.skipped,
     )
@@ -156,8 +175,9 @@ def make_batch(group: UpdateGroup) -> Batch:
     param, state = group.params[0], group.states[0]
     seeds = group.rounding_seeds or (None,) * len(group.params)
     bases = group.bases or (None,) * len(group.params)
-    basis = bases[0]
-    addresses = tuple(_row(*row) for row in zip(group.params, bases, group.states, seeds, strict=True))
+    scales = group.basis_scales or (None,) * len(group.params)
+    basis, basis_scale = bases[0], scales[0]
+    addresses = tuple(_row(*row) for row in zip(group.params, bases, scales, group.states, seeds, strict=True))
     pitches = [] if basis is None else [t.shape[1] * t.element_size() for t in (param, basis)]
     data = [address for row in addresses for address in row[:_DATA_COLUMNS]]
     return Batch(
@@ -165,7 +185,7 @@ def make_batch(group: UpdateGroup) -> Batch:
         gradients=(),
         table=None,
         shape=(param.shape[0], param.shape[1]) if basis is not None else (param.numel(), 1),
-        rank=0 if basis is None else basis.shape[1],
+        rank=0 if basis is None else basis.shape[1] if basis_scale is None else basis_scale.shape[0],
         side=group.side,
         moments=state.exp_avg.numel(),
         weight_dtype=param.dtype,
@@ -221,7 +241,7 @@ class _LongSide:
         self._basis = basis.double()
         self._long, self._kept = self._basis.new_empty((long, batch.rank)), self._basis.new_empty((kept, batch.rank))
         self.projected = torch.empty((1, long * batch.rank), dtype=torch.float32, device=batch.device)
-        self.direction = torch.empty_like(self.projected, dtype=batch.basis_dtype)
+        self.direction = torch.empty_like(self.projected, dtype=batch.factor_dtype)
 
     def project(self, lowrank: Tensor) -> None:
         """lowrank (1, k * r) = basis.T @ ``self.projected``."""
@@ -260,14 +280,19 @@ class Pipeline:
         grad: Tensor,
         basis: Tensor,
         long_basis: Tensor | None,
+        basis_scale: Tensor | None,
         state: AdamState,
         options: AdamOptions,
         side: str,
         scale: float,
     ) -> None:
         """Contract: ``galore_kernels.ops.galore_update``."""
+        if basis_scale is not None:
+            raise NotImplementedError("quantized bases")
         weight, grad = param.contiguous(), grad.contiguous()
-        group = UpdateGroup("galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options))
+        group = UpdateGroup(
+            "galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
+        )
         self.projected(with_gradients(make_batch(group), (grad,)), options, scale, long_basis)
         _write_back(param, weight)
 
@@ -277,17 +302,22 @@ class Pipeline:
         lowrank_grad: Tensor,
         basis: Tensor,
         long_basis: Tensor | None,
+        basis_scale: Tensor | None,
         state: AdamState,
         options: AdamOptions,
         side: str,
         scale: float,
     ) -> None:
         """Contract: ``galore_kernels.ops.lowrank_update``."""
+        if basis_scale is not None:
+            raise NotImplementedError("quantized bases")
         weight, grad = param.contiguous(), lowrank_grad.contiguous()
-        group = UpdateGroup("lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options))
+        group = UpdateGroup(
+            "lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
+        )
         batch = with_gradients(make_batch(group), (grad,))
         if long_basis is None:
-            long_side, scratch = None, _Scratch.of(batch, 1, batch.basis_dtype)
+            long_side, scratch = None, _Scratch.of(batch, 1, batch.factor_dtype)
         else:
             long_side, scratch = _LongSide(batch, long_basis), _Scratch.of(batch, 1, torch.float32)
         self.stages.prepare(batch, scratch.control, options, scale)
@@ -323,9 +353,9 @@ class Pipeline:
             self.stages.prepare(batch, control, options, scale)
             self.stages.galore_update(batch, control)
             return
-        bytes_each = batch.moments * (torch.float32.itemsize + batch.basis_dtype.itemsize)
+        bytes_each = batch.moments * (torch.float32.itemsize + batch.factor_dtype.itemsize)
         at_once = min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
-        all_scratch = _Scratch.of(batch, at_once, batch.basis_dtype)
+        all_scratch = _Scratch.of(batch, at_once, batch.factor_dtype)
         for part, partial in [(part, self._partial_sums(part)) for part in batch.parts(at_once)]:
             scratch = all_scratch.first(part.count)
             self.stages.prepare(part, scratch.control, options, scale)
@@ -359,6 +389,10 @@ class Pipeline:
 
 def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
     return None if options.rounding_seed is None else (options.rounding_seed,)
+
+
+def _scales(basis_scale: Tensor | None) -> tuple[Tensor, ...]:
+    return () if basis_scale is None else (basis_scale,)
 
 
 def _write_back(param: Tensor, weight: Tensor) -> None:

@@ -6,6 +6,7 @@ from galore_kernels.ops.galore_update import galore_update
 from galore_kernels.ops.lowrank_update import lowrank_update
 from galore_kernels.ops.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 from galore_kernels.ops.registry import backend_info
+from galore_kernels.ops.rotate_moments import rotate_moments
 
 __all__ = [
     "AdamOptions",
@@ -16,4 +17,5 @@ __all__ = [
     "galore_update",
     "lowrank_update",
     "quantize_blockwise",
+    "rotate_moments",
 ]

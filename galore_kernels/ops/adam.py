@@ -86,7 +86,8 @@ class AdamOptions:
     rounding_seed: int | None = None
 
 
-def _fail(op: str, argument: str, expected: str, got: object, remedy: str) -> None:
+def fail(op: str, argument: str, expected: str, got: object, remedy: str) -> None:
+    """Raises the ValueError of an argument that doesn't fit."""
     raise ValueError(f"{op}: {argument} must be {expected}, got {got}; {remedy}")
 
 
@@ -102,13 +103,13 @@ def check_tensor(
 ) -> None:
     """Raises ValueError naming the argument unless it is a dense tensor of the wanted device, dtype and shape."""
     if tensor.layout != torch.strided:
-        _fail(op, argument, "a dense tensor", tensor.layout, "call .to_dense()")
+        fail(op, argument, "a dense tensor", tensor.layout, "call .to_dense()")
     if tensor.device != device:
-        _fail(op, argument, f"on {device}, where the weight is", tensor.device, "move it there")
+        fail(op, argument, f"on {device}, where the weight is", tensor.device, "move it there")
     if tensor.dtype not in dtypes:
-        _fail(op, argument, " or ".join(map(str, dtypes)), tensor.dtype, "convert it")
+        fail(op, argument, " or ".join(map(str, dtypes)), tensor.dtype, "convert it")
     if shape is not None and tuple(tensor.shape) != shape:
-        _fail(
+        fail(
             op,
             argument,
             f"of shape {shape}",
@@ -116,14 +117,14 @@ def check_tensor(
             "pass the tensor that belongs to this weight",
         )
     if contiguous and not tensor.is_contiguous():
-        _fail(op, argument, "contiguous", f"strides {tensor.stride()}", "call .contiguous()")
+        fail(op, argument, "contiguous", f"strides {tensor.stride()}", "call .contiguous()")
 
 
 def check_weight(op: str, param: Tensor) -> None:
     """Raises ValueError unless ``param`` can be updated in place."""
     check_tensor(op, "param", param, device=param.device, dtypes=WEIGHT_DTYPES)
     if overlaps(param):
-        _fail(op, "param", "without overlapping elements", f"strides {param.stride()}", "clone it")
+        fail(op, "param", "without overlapping elements", f"strides {param.stride()}", "clone it")
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -138,17 +139,16 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def check_adam(op: str, param: Tensor, numel: int, state: AdamState, options: AdamOptions) -> None:
-    """Checks state and options of an update whose moments have ``numel`` elements. Changes nothing."""
-    device = param.device
+def check_moments(op: str, device: torch.device, numel: int, state: AdamState) -> None:
+    """Raises ValueError unless the moments are ``numel`` elements in one of the two formats."""
     eight_bit = state.exp_avg_absmax is not None
     if eight_bit != (state.exp_avg_sq_absmax is not None):
-        _fail(op, "exp_avg_absmax, exp_avg_sq_absmax", "both tensors or both None", "one of each", "pass both")
+        fail(op, "exp_avg_absmax, exp_avg_sq_absmax", "both tensors or both None", "one of each", "pass both")
     moment = (torch.uint8,) if eight_bit else (torch.float32,)
     for name, tensor in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
         check_tensor(op, name, tensor, device=device, dtypes=moment, contiguous=True)
         if tensor.numel() != numel:
-            _fail(op, name, f"of {numel} elements", tensor.numel(), "pass the state that belongs to this weight")
+            fail(op, name, f"of {numel} elements", tensor.numel(), "pass the state that belongs to this weight")
     for name, absmax in (
         ("exp_avg_absmax", state.exp_avg_absmax),
         ("exp_avg_sq_absmax", state.exp_avg_sq_absmax),
@@ -156,6 +156,12 @@ def check_adam(op: str, param: Tensor, numel: int, state: AdamState, options: Ad
         if absmax is not None:
             shape = (block_count(numel),)
             check_tensor(op, name, absmax, device=device, dtypes=(torch.float32,), shape=shape, contiguous=True)
+
+
+def check_adam(op: str, param: Tensor, numel: int, state: AdamState, options: AdamOptions) -> None:
+    """Checks state and options of an update whose moments have ``numel`` elements. Changes nothing."""
+    device = param.device
+    check_moments(op, device, numel, state)
     check_tensor(op, "step", state.step, device=device, dtypes=(torch.float32,), shape=())
     check_tensor(op, "skipped", state.skipped, device=device, dtypes=(torch.int64,), shape=())
     _check_options(op, param, options)
@@ -166,19 +172,19 @@ def _check_options(op: str, param: Tensor, options: AdamOptions) -> None:
     check_tensor(op, "lr", options.lr, device=param.device, dtypes=floats, shape=())
     for name, value in (("beta1", options.beta1), ("beta2", options.beta2)):
         if not 0.0 <= value < 1.0:
-            _fail(op, name, "in [0, 1)", value, "0.9 and 0.999 are usual")
+            fail(op, name, "in [0, 1)", value, "0.9 and 0.999 are usual")
     for name, value in (("eps", options.eps), ("weight_decay", options.weight_decay)):
         if not (value >= 0.0 and math.isfinite(value)):
-            _fail(op, name, "finite and >= 0", value, "pass 0 to turn it off")
+            fail(op, name, "finite and >= 0", value, "pass 0 to turn it off")
     for name, tensor in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf)):
         if tensor is not None:
             check_tensor(op, name, tensor, device=param.device, dtypes=floats)
             if tensor.numel() != 1:
-                _fail(op, name, "a single number", f"shape {tuple(tensor.shape)}", "pass a 0-d tensor")
+                fail(op, name, "a single number", f"shape {tuple(tensor.shape)}", "pass a 0-d tensor")
     if options.rounding_seed is not None and param.dtype != torch.bfloat16:
-        _fail(op, "rounding_seed", "None unless the weight is bfloat16", options.rounding_seed, "pass None")
+        fail(op, "rounding_seed", "None unless the weight is bfloat16", options.rounding_seed, "pass None")
     if options.rounding_seed is not None and options.rounding_seed < 0:
-        _fail(op, "rounding_seed", "in [0, 2^63)", options.rounding_seed, "take it modulo 2^63")
+        fail(op, "rounding_seed", "in [0, 2^63)", options.rounding_seed, "take it modulo 2^63")
 
 
 def flat_state(state: AdamState, options: AdamOptions) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,7 @@ def galore_update(
     side: str,
     scale: float,
     long_basis: Tensor | None = None,
+    basis_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Updates ``param`` and ``state`` in place by one step of GaLore (Zhao et al., arXiv 2403.03507, algorithm 2).
@@ -31,17 +32,21 @@ def galore_update(
     dimension is projected too (galore_torch's ``proj_type="full"``): R = long_basis.T @ (grad @ basis).
 
     All arithmetic is float32 and the weight is rounded once; if the basis is a 16-bit tensor, u is rounded to its
-    dtype before the back-projection, which is what matrix units multiply. If an element of R / grad_scale is NaN,
-    infinite or beyond 1.8446743e19, nothing changes but ``state.skipped``, which grows by one.
+    dtype before the back-projection, which is what matrix units multiply. Of a quantized basis the codes are
+    multiplied, R = (grad @ codes) * basis_scale and (u * basis_scale) @ codes.T, where a 16-bit weight's dtype is the
+    one that u * basis_scale is rounded to. If an element of R / grad_scale is NaN, infinite or beyond 1.8446743e19,
+    nothing changes but ``state.skipped``, which grows by one.
 
     Args:
         param: (m, n), any strides; float32, bfloat16 or float16.
         grad: (m, n); float32, bfloat16 or float16.
-        basis: (S, r), contiguous; float32, bfloat16 or float16.
+        basis: (S, r), contiguous; float32, bfloat16 or float16. With ``basis_scale`` the codes of
+            ``galore_kernels.quantizers.quantize_basis``.
         state: moments of shape (L, r), or (r_long, r) with ``long_basis``.
         options: the scalars.
         side: "left" or "right". scale: GaLore's alpha.
         long_basis: (L, r_long), contiguous, or None.
+        basis_scale: (r,) float32, or None for a basis that is not quantized; not with ``long_basis``.
         backend: "auto" or a name from ``backend_info()``.
 
     Raises:
@@ -53,6 +58,7 @@ def galore_update(
         grad,
         basis,
         long_basis,
+        basis_scale,
         *flat_state(state, options),
         side=side,
         scale=scale,

@@ -22,6 +22,7 @@ class UpdateGroup:
         bases: the basis of each, contiguous, of one shape and dtype; empty at full rank.
         side: "left" or "right"; of no meaning at full rank. scale: GaLore's alpha; 1 at full rank.
         rounding_seeds: of each for stochastic rounding, or None for rounding to nearest.
+        basis_scales: of each if the bases are quantized, else empty.
     """
 
     operation: str
@@ -31,6 +32,7 @@ class UpdateGroup:
     side: str = "right"
     scale: float = 1.0
     rounding_seeds: tuple[int, ...] | None = None
+    basis_scales: tuple[Tensor, ...] = ()
 
 
 class GroupUpdate(Protocol):

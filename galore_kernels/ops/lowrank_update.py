@@ -19,6 +19,7 @@ def lowrank_update(
     side: str,
     scale: float,
     long_basis: Tensor | None = None,
+    basis_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """``galore_update`` for a gradient that is projected already: everything after its first line.
@@ -26,7 +27,7 @@ def lowrank_update(
     Args:
         param: (m, n), any strides; float32, bfloat16 or float16.
         lowrank_grad: R of shape (L, r), or (r_long, r) with ``long_basis``; float32, bfloat16 or float16.
-        basis, state, options, side, scale, long_basis, backend: as in ``galore_update``.
+        basis, state, options, side, scale, long_basis, basis_scale, backend: as in ``galore_update``.
 
     Raises:
         ValueError: an argument doesn't fit; the message names it. Nothing has changed.
@@ -37,6 +38,7 @@ def lowrank_update(
         lowrank_grad,
         basis,
         long_basis,
+        basis_scale,
         *flat_state(state, options),
         side=side,
         scale=scale,

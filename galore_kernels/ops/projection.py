@@ -21,6 +21,7 @@ from galore_kernels.ops.adam import (
     check_weight,
 )
 from galore_kernels.ops.library import define
+from galore_kernels.quantizers import BASIS_CODE_DTYPES, basis_code_shape
 
 SIDES = ("left", "right")
 
@@ -32,7 +33,13 @@ def long_short(shape: tuple[int, ...], side: str) -> tuple[int, int]:
 
 
 def check_projection(
-    op: str, param: Tensor, basis: Tensor, long_basis: Tensor | None, side: str, scale: float
+    op: str,
+    param: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    basis_scale: Tensor | None,
+    side: str,
+    scale: float,
 ) -> tuple[int, int]:
     """Raises ValueError unless the projection fits the weight. Returns the shape of the low-rank gradient."""
     if param.dim() != 2:
@@ -45,6 +52,8 @@ def check_projection(
         raise ValueError(f"{op}: scale must be finite, got {scale}; GaLore's default is 0.25")
     long, short = long_short(tuple(param.shape), side)
     device = param.device
+    if basis_scale is not None:
+        return long, _check_quantized(op, basis, basis_scale, long_basis, short, device)
     check_tensor(op, "basis", basis, device=device, dtypes=WEIGHT_DTYPES, contiguous=True)
     if basis.dim() != 2 or basis.shape[0] != short or basis.shape[1] < 1:
         raise ValueError(
@@ -62,6 +71,26 @@ def check_projection(
     return long_basis.shape[1], basis.shape[1]
 
 
+def _check_quantized(
+    op: str, basis: Tensor, basis_scale: Tensor, long_basis: Tensor | None, short: int, device: torch.device
+) -> int:
+    """Raises ValueError unless these are the codes and scales of a quantized basis. Returns its rank."""
+    if long_basis is not None:
+        raise ValueError(f"{op}: basis_scale must be None with long_basis, got a tensor; pass both bases unquantized")
+    check_tensor(op, "basis_scale", basis_scale, device=device, dtypes=(torch.float32,), contiguous=True)
+    if basis_scale.dim() != 1 or basis_scale.shape[0] < 1:
+        raise ValueError(
+            f"{op}: basis_scale must have the shape (rank,), got {tuple(basis_scale.shape)}; pass quantize_basis's"
+        )
+    rank = basis_scale.shape[0]
+    check_tensor(op, "basis", basis, device=device, dtypes=tuple(BASIS_CODE_DTYPES.values()), contiguous=True)
+    basis_format = next(name for name, dtype in BASIS_CODE_DTYPES.items() if dtype == basis.dtype)
+    check_tensor(
+        op, "basis", basis, device=device, dtypes=(basis.dtype,), shape=basis_code_shape(short, rank, basis_format)
+    )
+    return rank
+
+
 def define_projected_update(name: str, grad_argument: str) -> None:
     """Registers ``galore_kernels::name``, whose gradient is (m, n) if called ``grad``, else (L, r)."""
 
@@ -70,13 +99,14 @@ def define_projected_update(name: str, grad_argument: str) -> None:
         grad: Tensor,
         basis: Tensor,
         long_basis: Tensor | None,
+        basis_scale: Tensor | None,
         state: AdamState,
         options: AdamOptions,
         side: str,
         scale: float,
     ) -> None:
         check_weight(name, param)
-        lowrank_shape = check_projection(name, param, basis, long_basis, side, scale)
+        lowrank_shape = check_projection(name, param, basis, long_basis, basis_scale, side, scale)
         shape = tuple(param.shape) if grad_argument == "grad" else lowrank_shape
         check_tensor(name, grad_argument, grad, device=param.device, dtypes=WEIGHT_DTYPES, shape=shape)
         check_adam(name, param, math.prod(lowrank_shape), state, options)
@@ -86,6 +116,7 @@ def define_projected_update(name: str, grad_argument: str) -> None:
         grad: Tensor,
         basis: Tensor,
         long_basis: Tensor | None,
+        basis_scale: Tensor | None,
         *state_tensors: Any,
         side: str,
         scale: float,
@@ -93,9 +124,9 @@ def define_projected_update(name: str, grad_argument: str) -> None:
         **options: Any,
     ) -> None:
         state, bundled = bundle(*state_tensors, **options)
-        check(param, grad, basis, long_basis, state, bundled, side, scale)
+        check(param, grad, basis, long_basis, basis_scale, state, bundled, side, scale)
         kernel = registry.kernel(name, backend, param.device)
-        kernel(param, grad, basis, long_basis, state, bundled, side, scale)
+        kernel(param, grad, basis, long_basis, basis_scale, state, bundled, side, scale)
         torch.autograd.graph.increment_version(param)
 
     def fake(
@@ -103,16 +134,17 @@ def define_projected_update(name: str, grad_argument: str) -> None:
         grad: Tensor,
         basis: Tensor,
         long_basis: Tensor | None,
+        basis_scale: Tensor | None,
         *state_tensors: Any,
         side: str,
         scale: float,
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        check(param, grad, basis, long_basis, *bundle(*state_tensors, **options), side, scale)
+        check(param, grad, basis, long_basis, basis_scale, *bundle(*state_tensors, **options), side, scale)
 
     schema = (
-        f"(Tensor(a!) param, Tensor {grad_argument}, Tensor basis, Tensor? long_basis, {STATE_SCHEMA}, *, "
-        f"str side, float scale, {OPTIONS_SCHEMA}) -> ()"
+        f"(Tensor(a!) param, Tensor {grad_argument}, Tensor basis, Tensor? long_basis, Tensor? basis_scale, "
+        f"{STATE_SCHEMA}, *, str side, float scale, {OPTIONS_SCHEMA}) -> ()"
     )
     define(name, schema, run, fake)

@@ -307,9 +307,11 @@ def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters)
 def _check(group: UpdateGroup, options: AdamOptions) -> None:
     """Raises ValueError, as the group's operation would, unless every tensor fits."""
     bases = group.bases or (None,) * len(group.params)
-    for param, state, basis in zip(group.params, group.states, bases, strict=True):
+    scales = group.basis_scales or (None,) * len(group.params)
+    for param, state, basis, basis_scale in zip(group.params, group.states, bases, scales, strict=True):
         check_weight(group.operation, param)
         numel = param.numel()
         if basis is not None:
-            numel = math.prod(check_projection(group.operation, param, basis, None, group.side, group.scale))
+            shape = check_projection(group.operation, param, basis, None, basis_scale, group.side, group.scale)
+            numel = math.prod(shape)
         check_adam(group.operation, param, numel, state, options)

@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     galore.add_argument("--update-proj-gap", type=int, help="steps between refreshes of the bases")
     galore.add_argument("--scale", type=float)
     galore.add_argument("--proj-type", help="as in galore_torch (default: std)")
+    galore.add_argument("--refresh-method", help="how a basis is found: randomized (default) or svd")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")

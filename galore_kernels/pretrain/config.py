@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from galore_kernels.subspace import PROJ_TYPES
+from galore_kernels.subspace import PROJ_TYPES, REFRESH_METHODS
 
 from .presets import PRESETS
 
@@ -53,6 +53,7 @@ class Config:
     update_proj_gap: int
     scale: float
     proj_type: str
+    refresh_method: str
     dtype: str
     seed: int
     split: str
@@ -91,6 +92,7 @@ class Config:
             "clip": 0.0,
             "scale": 0.25,
             "proj_type": "std",
+            "refresh_method": "randomized",
             "seed": 0,
             "split": "file",
             "text": (),
@@ -117,6 +119,7 @@ class Config:
         self._expect("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
         self._expect("scale", math.isfinite(self.scale) and self.scale > 0, "a finite number > 0")
         self._expect("proj_type", self.proj_type in PROJ_TYPES, "one of " + ", ".join(PROJ_TYPES))
+        self._expect("refresh_method", self.refresh_method in REFRESH_METHODS, "one of " + ", ".join(REFRESH_METHODS))
         for key in ("lr", "weight_decay", "eps", "clip"):
             value = getattr(self, key)
             self._expect(key, math.isfinite(value) and value >= 0, "a finite number that is not negative")

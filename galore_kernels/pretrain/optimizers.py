@@ -67,6 +67,7 @@ def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.
             update_proj_gap=config.update_proj_gap,
             scale=config.scale,
             proj_type=config.proj_type,
+            refresh_method=config.refresh_method,
         )
         optimizer_class = getattr(galore_kernels, class_name)
         optimizer: torch.optim.Optimizer = optimizer_class(

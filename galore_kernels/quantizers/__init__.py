@@ -1,5 +1,13 @@
 """Formats of quantized optimizer state: what the bytes mean, independent of who computes them."""
 
+from galore_kernels.quantizers.basis import (
+    BASIS_CODE_DTYPES,
+    BASIS_FORMATS,
+    basis_code_shape,
+    basis_codes,
+    dequantize_basis,
+    quantize_basis,
+)
 from galore_kernels.quantizers.blockwise import (
     BLOCK_SIZE,
     SIGNED_ZERO_CODE,
@@ -10,10 +18,16 @@ from galore_kernels.quantizers.blockwise import (
 )
 
 __all__ = [
+    "BASIS_CODE_DTYPES",
+    "BASIS_FORMATS",
     "BLOCK_SIZE",
     "SIGNED_ZERO_CODE",
     "UNSIGNED_ZERO_CODE",
+    "basis_code_shape",
+    "basis_codes",
     "block_count",
+    "dequantize_basis",
     "dynamic_map",
+    "quantize_basis",
     "rounding_thresholds",
 ]

@@ -7,6 +7,7 @@ import torch
 from galore_kernels.backends.reference.adam8bit_update import adam8bit_update
 from galore_kernels.backends.reference.galore_update import galore_update, lowrank_update
 from galore_kernels.backends.reference.quantize_blockwise import dequantize_blockwise, quantize_blockwise
+from galore_kernels.backends.reference.rotate_moments import rotate_moments
 from galore_kernels.ops.registry import Backend, register
 
 
@@ -23,6 +24,7 @@ register(
             "adam8bit_update": adam8bit_update,
             "galore_update": galore_update,
             "lowrank_update": lowrank_update,
+            "rotate_moments": rotate_moments,
         },
         refuses=_refuses,
         describe=lambda: {"devices": "any", "implementation": "plain PyTorch"},

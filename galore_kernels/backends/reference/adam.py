@@ -38,8 +38,28 @@ def decay_factor(options: AdamOptions) -> float:
     return 1.0 - float(options.lr) * options.weight_decay
 
 
-def _load(codes: Tensor, absmax: Tensor | None, signed: bool) -> Tensor:
-    return codes if absmax is None else dequantize_blockwise(codes, absmax, signed)
+def load_moments(state: AdamState) -> tuple[Tensor, Tensor]:
+    """Both moments in float32."""
+    if state.exp_avg_absmax is None or state.exp_avg_sq_absmax is None:
+        return state.exp_avg, state.exp_avg_sq
+    return (
+        dequantize_blockwise(state.exp_avg, state.exp_avg_absmax, True),
+        dequantize_blockwise(state.exp_avg_sq, state.exp_avg_sq_absmax, False),
+    )
+
+
+def moment_writes(state: AdamState, m: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(tensor of the state, what it becomes) of both moments, 8-bit ones quantized."""
+    if state.exp_avg_absmax is None or state.exp_avg_sq_absmax is None:
+        return [(state.exp_avg, m), (state.exp_avg_sq, v)]
+    m_codes, m_absmax = quantize_blockwise(m, True)
+    v_codes, v_absmax = quantize_blockwise(v, False)
+    return [
+        (state.exp_avg, m_codes),
+        (state.exp_avg_absmax, m_absmax),
+        (state.exp_avg_sq, v_codes),
+        (state.exp_avg_sq_absmax, v_absmax),
+    ]
 
 
 def _f32(value: float) -> float:
@@ -50,8 +70,7 @@ def adam_moments(g: Tensor, state: AdamState, options: AdamOptions) -> tuple[Ten
     """The new moments in float32, shape of ``g``. Writes nothing."""
     beta1, beta2 = _f32(options.beta1), _f32(options.beta2)
     rest1, rest2 = _f32(1.0 - options.beta1), _f32(1.0 - options.beta2)
-    m = _load(state.exp_avg, state.exp_avg_absmax, True).view(g.shape)
-    v = _load(state.exp_avg_sq, state.exp_avg_sq_absmax, False).view(g.shape)
+    m, v = (moment.view(g.shape) for moment in load_moments(state))
     return m * beta1 + g * rest1, v * beta2 + (g * g) * rest2
 
 
@@ -68,18 +87,7 @@ def commit(param: Tensor, weight: Tensor, m: Tensor, v: Tensor, state: AdamState
 
     Everything that allocates comes before the first write, so that running out of memory changes nothing.
     """
-    if state.exp_avg_absmax is None or state.exp_avg_sq_absmax is None:
-        writes = [(state.exp_avg, m), (state.exp_avg_sq, v)]
-    else:
-        m_codes, m_absmax = quantize_blockwise(m, True)
-        v_codes, v_absmax = quantize_blockwise(v, False)
-        writes = [
-            (state.exp_avg, m_codes),
-            (state.exp_avg_absmax, m_absmax),
-            (state.exp_avg_sq, v_codes),
-            (state.exp_avg_sq_absmax, v_absmax),
-        ]
-    for target, value in [(param, weight), *writes, (state.step, state.step + 1)]:
+    for target, value in [(param, weight), *moment_writes(state, m, v), (state.step, state.step + 1)]:
         target.copy_(value.view(target.shape))
 
 

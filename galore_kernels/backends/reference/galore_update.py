@@ -8,21 +8,34 @@ from torch import Tensor
 from galore_kernels.backends.reference import adam
 from galore_kernels.backends.reference.rounding import rounded
 from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.quantizers import basis_codes
 
 
-def project(grad: Tensor, basis: Tensor, long_basis: Tensor | None, side: str) -> Tensor:
+def project(grad: Tensor, basis: Tensor, long_basis: Tensor | None, basis_scale: Tensor | None, side: str) -> Tensor:
     """The projected gradient R, (L, r) float32, or (r_long, r) with ``long_basis``."""
     oriented = grad if side == "right" else grad.T
+    if basis_scale is not None:
+        return (oriented.float() @ basis_codes(basis, len(basis_scale))) * basis_scale
     lowrank = oriented.float() @ basis.float()
     return lowrank if long_basis is None else long_basis.float().T @ lowrank
 
 
-def back_project(direction: Tensor, basis: Tensor, long_basis: Tensor | None, side: str) -> Tensor:
+def back_project(
+    direction: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    basis_scale: Tensor | None,
+    side: str,
+    weight_dtype: torch.dtype,
+) -> Tensor:
     """The (m, n) float32 change of the weight that the low-rank ``direction`` stands for."""
-    lowrank = direction if long_basis is None else long_basis.float() @ direction
-    if basis.dtype != torch.float32:
-        lowrank = lowrank.to(basis.dtype).float()
-    full = lowrank @ basis.float().T
+    if basis_scale is None:
+        lowrank = direction if long_basis is None else long_basis.float() @ direction
+        factor, dtype = basis.float(), basis.dtype
+    else:
+        lowrank = direction * basis_scale
+        factor, dtype = basis_codes(basis, len(basis_scale)), weight_dtype
+    full = lowrank.to(dtype).float() @ factor.T
     return full if side == "right" else full.T
 
 
@@ -31,6 +44,7 @@ def lowrank_update(
     lowrank_grad: Tensor,
     basis: Tensor,
     long_basis: Tensor | None,
+    basis_scale: Tensor | None,
     state: AdamState,
     options: AdamOptions,
     side: str,
@@ -41,7 +55,7 @@ def lowrank_update(
         return
     step = int(state.step) + 1
     m, v = adam.adam_moments(g, state, options)
-    change = back_project(adam.adam_direction(m, v, options), basis, long_basis, side)
+    change = back_project(adam.adam_direction(m, v, options), basis, long_basis, basis_scale, side, param.dtype)
     weight = adam.updated_weight(param, change, adam.step_size(options, step) * scale, options)
     adam.commit(param, rounded(weight, param.dtype, options.rounding_seed, step), m, v, state)
 
@@ -51,10 +65,11 @@ def galore_update(
     grad: Tensor,
     basis: Tensor,
     long_basis: Tensor | None,
+    basis_scale: Tensor | None,
     state: AdamState,
     options: AdamOptions,
     side: str,
     scale: float,
 ) -> None:
-    lowrank = project(grad, basis, long_basis, side)
-    lowrank_update(param, lowrank, basis, long_basis, state, options, side, scale)
+    lowrank = project(grad, basis, long_basis, basis_scale, side)
+    lowrank_update(param, lowrank, basis, long_basis, basis_scale, state, options, side, scale)
