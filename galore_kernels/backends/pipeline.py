@@ -117,7 +117,7 @@ class Stages(Protocol):
         """Into how many parts ``project`` should cut the short dimension, so that the device is busy."""
 
     def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
-        """lowrank = projected gradient, times the columns' scales of a quantized basis; if ``final``, scaled and signed, and the skip flag set where it must be.
+        """lowrank = projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be.
 
         ``partial``: float32 (splits, N, elements) for the sums of the parts; None if there is one part.
         """
