@@ -84,7 +84,8 @@ class Grouping:
                     if group.operation == "adam8bit_update":
                         kernel(param, grad, state, own)
                     else:
-                        kernel(param, grad, group.bases[i], None, state, own, group.side, group.scale)
+                        basis_scale = group.basis_scales[i] if group.basis_scales else None
+                        kernel(param, grad, group.bases[i], None, basis_scale, state, own, group.side, group.scale)
 
         return run
 

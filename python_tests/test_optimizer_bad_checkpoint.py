@@ -135,8 +135,8 @@ STRUCTURE: dict[str, tuple[Damage, str]] = {
     "state is a list": (lambda s: s.update(state=[]), "not built as a state dict"),
     "groups are a dict": (lambda s: s.update(param_groups={}), "not built as a state dict"),
     "header is a number": (lambda s: s.update(galore_kernels=1), "not built as a state dict"),
-    "later version": (lambda s: s["galore_kernels"].update(format_version=2), "version 2, this release reads 1"),
-    "no version": (lambda s: s["galore_kernels"].pop("format_version"), "version None, this release reads 1"),
+    "later version": (lambda s: s["galore_kernels"].update(format_version=3), "version 3, this release reads 2"),
+    "no version": (lambda s: s["galore_kernels"].pop("format_version"), "version None, this release reads 2"),
     "no optimizer": (lambda s: s["galore_kernels"].pop("optimizer"), "saved by None"),
     "no checksums": (lambda s: s["galore_kernels"].pop("checksums"), "checksums are missing"),
     "one checksum gone": (lambda s: s["galore_kernels"]["checksums"].pop(1), "damaged"),
@@ -191,10 +191,13 @@ VALUES: dict[str, tuple[Damage, str]] = {
     "nan step": (fill("step", math.nan), "step holds NaN or Inf"),
     "negative skips": (fill("skipped", -1), "skipped holds negative values"),
     "negative refreshes": (lambda s: s["state"][0].update(refreshes=-1), "refreshes is -1"),
+    "negative share": (lambda s: s["state"][0].update(captured=-0.5), "captured is -0.5"),
+    "endless interval": (lambda s: s["state"][0].update(interval=math.inf), "interval is inf"),
+    "share that is no number": (lambda s: s["state"][0].update(overlap=math.nan), "overlap is nan"),
     "fractional refreshes": (lambda s: s["state"][0].update(refreshes=0.5), "refreshes is 0.5"),
     "other block size": (
         lambda s: s["state"][0].update(block_size=128),
-        "block_size is 128, expected an integer like 256",
+        "block_size is 128, expected a number like 256",
     ),
     "cast codes": (lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"].float()), "the state was cast"),
     "cast absmax": (
@@ -256,9 +259,10 @@ def test_a_flipped_bit_at_both_ends_of_every_tensor(optimizer_class: type[GaLore
     optimizer, _, pristine = saved_by(optimizer_class)
     for index, state in pristine["state"].items():
         for key, value in state.items():
-            last = 8 * value.numel() * value.element_size() - 1 if isinstance(value, Tensor) else 2
-            for bit in (0, last):
-                changed = flip(value, bit) if isinstance(value, Tensor) else value ^ (1 << bit)
+            tensor = value if isinstance(value, Tensor) else torch.tensor([value])
+            for bit in (0, 8 * tensor.numel() * tensor.element_size() - 1):
+                flipped = flip(tensor, bit)
+                changed = flipped if isinstance(value, Tensor) else flipped.item()
                 damaged = {**pristine, "state": {**pristine["state"], index: {**state, key: changed}}}
                 with pytest.raises(ValueError, match=rf'parameter {index} \("{list(SHAPES)[index]}"\): '):
                     optimizer.load_state_dict(damaged)

@@ -11,13 +11,12 @@ import pytest
 import torch
 from grouping import SHAPES, Grouping, compare, install, pair, steps, take_for_device
 from optimizer_cases import OPTIONS, assert_same_snapshot, make_params, set_grads, snapshot, train
-from torch import Tensor
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
-from galore_kernels.optim import multi_tensor, skip_monitor, update
+from galore_kernels.optim import multi_tensor, refresh, skip_monitor
 from galore_kernels.optim import options as options_module
 from galore_kernels.optim import step as step_module
-from galore_kernels.subspace import refresh_basis
+from galore_kernels.subspace import Subspace, find_subspace
 
 
 @pytest.fixture(params=["host", "device"])
@@ -47,11 +46,11 @@ class RefreshSpy:
         self.seen: list[int] = []
         self.step = 0
 
-        def spy(*args: Any, **kwargs: Any) -> Tensor:
+        def spy(*args: Any, **kwargs: Any) -> Subspace:
             self.seen.append(self.step)
-            return refresh_basis(*args, **kwargs)
+            return find_subspace(*args, **kwargs)
 
-        monkeypatch.setattr(update, "refresh_basis", spy)
+        monkeypatch.setattr(refresh, "find_subspace", spy)
 
 
 @pytest.mark.parametrize("kind", ["constant", "scheduled", "of a device"])

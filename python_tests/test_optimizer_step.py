@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, ops
-from galore_kernels.optim import update
+from galore_kernels.optim import refresh
 from galore_kernels.optim.base import GaLoreAdam
-from galore_kernels.subspace import PROJ_TYPES, projection_side, refresh_basis
+from galore_kernels.subspace import PROJ_TYPES, Subspace, find_subspace, projection_side, refresh_basis
 
 MATRIX_SHAPES = [(40, 24), (24, 40)]  # tall, wide
 
@@ -166,11 +166,11 @@ class RefreshSpy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step = 0
         self.calls: list[tuple[int, int]] = []
-        monkeypatch.setattr(update, "refresh_basis", self)
+        monkeypatch.setattr(refresh, "find_subspace", self)
 
-    def __call__(self, grad: Tensor, rank: int, **options: Any) -> Tensor:
+    def __call__(self, grad: Tensor, rank: int, **options: Any) -> Subspace:
         self.calls.append((self.step, options["seed"]))
-        return refresh_basis(grad, rank, **options)
+        return find_subspace(grad, rank, **options)
 
     def train(self, optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], grads: list[float]) -> list[int]:
         """Takes steps with gradients multiplied by ``grads``; returns the steps with a refresh."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.options import check_group, check_param
-from galore_kernels.optim.state import describe_group, tensor_bytes
+from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 from galore_kernels.optim.step import SteppingOptimizer
 
 
@@ -32,6 +32,11 @@ class GaLoreAdam(SteppingOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         refresh_method: str = "randomized",
+        refresh_schedule: str = "periodic",
+        warm_start: bool = False,
+        async_refresh: bool = False,
+        moments_on_refresh: str = "keep",
+        basis_format: str | None = None,
         stochastic_rounding: bool = False,
         maximize: bool = False,
         project_nd: bool = False,
@@ -52,6 +57,11 @@ class GaLoreAdam(SteppingOptimizer):
             "scale": scale,
             "proj_type": proj_type,
             "refresh_method": refresh_method,
+            "refresh_schedule": refresh_schedule,
+            "warm_start": warm_start,
+            "async_refresh": async_refresh,
+            "moments_on_refresh": moments_on_refresh,
+            "basis_format": basis_format,
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "project_nd": project_nd,
@@ -116,6 +126,31 @@ class GaLoreAdam(SteppingOptimizer):
         counts = {name: int(self.state[p]["skipped"]) for _, name, p, _ in self._named_params() if self.state.get(p)}
         return {name: count for name, count in counts.items() if count}
 
+    def subspace_report(self) -> dict[str, dict[str, Any]]:
+        """What the last refresh of each projected parameter found, by the parameter's position and, if named, name.
+
+        Returns:
+            For each that has a basis: ``rank``; ``captured``, the estimated share of the gradient's energy in it;
+            ``overlap`` with the basis before, 1 if the subspace stayed and r / S if chance alone is left of it (None
+            at the first); ``refreshes``; ``refreshed_at``, the steps taken before the last; ``interval``, steps from
+            then to the next. Reads nothing from a device, but waits for an asynchronous refresh.
+        """
+        self._take_pending()
+        report = {}
+        for _, name, param, group in self._named_params():
+            state = self.state.get(param)
+            if state and state.get("refreshes"):
+                record = refresh_record(state)
+                report[name] = {
+                    "rank": self._layout(param, group).rank,
+                    "captured": record.captured,
+                    "overlap": record.overlap if record.refreshes > 1 else None,
+                    "refreshes": record.refreshes,
+                    "refreshed_at": record.refreshed_at,
+                    "interval": record.interval,
+                }
+        return report
+
     def state_bytes(self) -> int:
         """Bytes of optimizer state: what is held, and for parameters without a step yet, what will be.
 
@@ -149,6 +184,7 @@ class GaLoreAdam(SteppingOptimizer):
     # ------------------------------------------------------------------ persistence
 
     def __getstate__(self) -> dict[str, Any]:
+        self._take_pending()
         own = {key: self.__dict__[key] for key in ("_backend", "_ranks_are_explicit")}
         return {**super().__getstate__(), **own}
 
@@ -163,6 +199,7 @@ class GaLoreAdam(SteppingOptimizer):
         deep-copy the dict before the next step, or its checksums no longer fit. The groups' options are not part of
         the checksums (people edit a learning rate there); ``galore_kernels.checkpoint`` covers the whole file.
         """
+        self._take_pending()
         return serialization.add_header(super().state_dict(), type(self).__name__)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

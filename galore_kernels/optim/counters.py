@@ -29,9 +29,9 @@ class Counter:
     skips: int
     captured: bool = False
 
-    def call_of_multiple(self, period: int) -> int:
-        """The earliest call before which ``step`` may be a multiple of ``period``, replays of graphs apart."""
-        return self.calls + -self.steps % period
+    def call_of(self, step: int) -> int:
+        """The earliest call before which ``step`` may be reached, replays of graphs apart."""
+        return self.calls + max(0, step - self.steps)
 
 
 class Counters:

@@ -29,6 +29,16 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
         proj_type: "std" projects the smaller dimension, "reverse_std" the larger, "left" rows, "right" columns,
             "full" both.
         refresh_method: "randomized" (block Krylov space) or "svd" (exact).
+        refresh_schedule: "periodic" (at steps 0, T, 2T, ..., as galore_torch), "staggered" (each matrix at its own
+            place between them, so that no step but the first refreshes many) or "adaptive" (as staggered, with
+            intervals from T / 4 to 8 T that grow where the subspace stays and shrink where it moves).
+        warm_start: start each search from the previous basis, which takes half the time; where that captures less
+            than before it is followed by a search from a sketch.
+        async_refresh: update with the old basis in a step that refreshes, and use the new one from the next step on; on
+            a GPU it is found on a stream of its own. The first basis is found at once.
+        moments_on_refresh: "keep" them as they are (galore_torch), "rotate" them into the new basis
+            (``galore_kernels.ops.rotate_moments``), or "reset" them and their bias correction.
+        basis_format: None (the parameter's dtype), or "int8" or "int4" for a quantized basis with a scale per column.
         stochastic_rounding: round bfloat16 weights stochastically; other dtypes round to nearest in any case.
         maximize: ascend instead of descend.
         project_nd: project tensors of three and more dimensions (convolutions) as (first, rest) matrices.

@@ -94,7 +94,7 @@ def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence
         list(map(Tensor.is_contiguous, present)),
         list(map(Tensor.is_inference, present)),
         list(map(id, states)),
-        list(map(id, chain.from_iterable(map(dict.values, own)))),
+        [id(value) for state in own for value in state.values() if type(value) is Tensor],
         list(map(Tensor.data_ptr, chain.from_iterable(map(_moments, own)))),
     )
 
@@ -133,8 +133,9 @@ class PlannedGroup:
         self._copies = not all(member.grad.is_contiguous() for member in members)
         side = first.layout.side
         self._shape = matrix_shape(first.param.shape) if side is not None and first.param.dim() != 2 else None
-        seeds = tuple(seed for member in members if (seed := member.rounding_seed()) is not None)
         own = [states[param] for param in self.params]
+        pairs = zip(members, own, strict=True)
+        seeds = tuple(seed for member, state in pairs if (seed := member.rounding_seed(state)) is not None)
         group = UpdateGroup(
             operation="adam8bit_update" if side is None else "galore_update",
             # A view would keep the memory of a parameter that has moved: none is made where the shape fits.
@@ -144,11 +145,12 @@ class PlannedGroup:
             side=side or "right",
             scale=1.0 if side is None else float(first.group["scale"]),
             rounding_seeds=seeds or None,
+            basis_scales=tuple(state["basis_scale"] for state in own if "basis_scale" in state),
         )
         _check(group, options)
         self._update = backend.group(group)
         self.counters = counters.watch(own)
-        self._gap = None if side is None else first.group["update_proj_gap"]
+        self._states = None if side is None else own
         # The replays of a graph count unseen: then every call has to ask.
         self._always_ask = any(counter.captured for counter in self.counters)
         self._ask_at = 0
@@ -160,9 +162,10 @@ class PlannedGroup:
             RuntimeError: one may be due, and a graph is being captured.
         """
         asks = self._always_ask and not capturing
-        if self._gap is None or (self._ask_at > counters.calls and not asks):
+        if self._states is None or (self._ask_at > counters.calls and not asks):
             return []
-        self._ask_at = min(counter.call_of_multiple(self._gap) for counter in self.counters)
+        due_at = [state["next_refresh"] for state in self._states]
+        self._ask_at = self._earliest(due_at)
         if self._ask_at > counters.calls and not asks:
             return []
         if capturing:
@@ -171,9 +174,12 @@ class PlannedGroup:
                 "can't hold; take this step outside of the capture"
             )
         counters.update(self.counters)
-        self._ask_at = min(counter.call_of_multiple(self._gap) for counter in self.counters)
-        steps = [counter.steps for counter in self.counters]
-        return [member for member, step in zip(self.members, steps, strict=True) if step % self._gap == 0]
+        self._ask_at = self._earliest(due_at)
+        return [m for m, c, step in zip(self.members, self.counters, due_at, strict=True) if c.steps >= step]
+
+    def _earliest(self, due_at: Sequence[int]) -> int:
+        """The earliest call before which one of the members may have reached its step."""
+        return min(counter.call_of(step) for counter, step in zip(self.counters, due_at, strict=True))
 
     def without(
         self, ids: Collection[int], states: States, options: AdamOptions, counters: Counters
@@ -295,9 +301,10 @@ def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters)
     """Raises RuntimeError for what a CUDA graph can't hold: a counter to be read, a basis that a refresh will move."""
     for update in updates:
         state, dtype = states[update.param], update.param.dtype
+        bases = update.layout.bases if update.layout.basis_format is None else ()
         if counters.of(state) is None:
             raise RuntimeError(f"{update.name}: its step is not known; take a step outside of the capture before it")
-        if any(state[name].dtype != dtype for name in update.layout.bases):
+        if any(state[name].dtype != dtype for name in bases):
             raise RuntimeError(
                 f"{update.name}: its basis is {state['basis'].dtype}, its next one will be {dtype}, in other memory; "
                 "take the step of the next refresh outside of the capture before it"

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from galore_kernels.ops.adam import WEIGHT_DTYPES, overlaps
-from galore_kernels.subspace import PROJ_TYPES, REFRESH_METHODS, projection_side
+from galore_kernels.quantizers import BASIS_FORMATS
+from galore_kernels.subspace import PROJ_TYPES, REFRESH_METHODS, REFRESH_SCHEDULES, projection_side
 
 #: Options that decide the shape of the state; a checkpoint must have been made with the same ones.
-STRUCTURAL = ("rank", "proj_type", "project_nd")
+STRUCTURAL = ("rank", "proj_type", "project_nd", "basis_format")
+
+#: What becomes of the moments when the basis changes.
+MOMENTS_ON_REFRESH = ("keep", "rotate", "reset")
 
 KNOWN = (
     "params",
@@ -32,6 +36,11 @@ KNOWN = (
     "scale",
     "proj_type",
     "refresh_method",
+    "refresh_schedule",
+    "warm_start",
+    "async_refresh",
+    "moments_on_refresh",
+    "basis_format",
     "stochastic_rounding",
     "maximize",
     "project_nd",
@@ -114,10 +123,16 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     if group["rank"] is not None:
         _expect_count(where, group, "rank", "rank=None keeps the group at full rank")
     _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
+    _expect_choice(where, group, "refresh_schedule", REFRESH_SCHEDULES)
+    _expect_choice(where, group, "moments_on_refresh", MOMENTS_ON_REFRESH)
+    if group["basis_format"] is not None:
+        _expect_choice(where, group, "basis_format", BASIS_FORMATS)
+        both = group["proj_type"] == "full"
+        _expect(where, "basis_format", group["basis_format"], not both, 'None with proj_type="full"', "leave it out")
     seed = group["seed"]
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
     _expect(where, "seed", seed, is_seed, "an integer >= 0", "0 is the default")
-    for key in ("stochastic_rounding", "maximize", "project_nd"):
+    for key in ("stochastic_rounding", "maximize", "project_nd", "warm_start", "async_refresh"):
         _expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
 
 

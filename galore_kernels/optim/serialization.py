@@ -12,7 +12,7 @@ from galore_kernels.optim.checksum import state_checksum
 from galore_kernels.optim.options import KNOWN, STRUCTURAL, check_group
 from galore_kernels.optim.state import Layout, check_state
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER = "galore_kernels"
 
 NamedParams = list[tuple[int, str, Tensor, dict[str, Any]]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from galore_kernels.ops.adam import WEIGHT_DTYPES, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.options import matrix_shape, projected_rank, side_of
-from galore_kernels.quantizers import BLOCK_SIZE
+from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis
+from galore_kernels.subspace import RefreshRecord
 
 #: Tensors of fewer elements keep float32 moments: there is little to save and, in norms and biases, much to lose.
 MIN_8BIT_ELEMENTS = 4096
@@ -30,7 +31,8 @@ class Layout:
     Attributes:
         rank: of the projection, or None at full rank.
         side: of the update operation ("left" or "right"), or None at full rank.
-        bases: name -> shape of the bases, empty at full rank.
+        bases: name -> shape of the bases, or of their codes; empty at full rank.
+        basis_format: of a quantized basis, or None.
         moments: shape of the moments.
         eight_bit: whether they are 8-bit.
     """
@@ -40,6 +42,7 @@ class Layout:
     bases: dict[str, tuple[int, int]]
     moments: tuple[int, ...]
     eight_bit: bool
+    basis_format: str | None = None
 
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any], *, eight_bit: bool) -> Layout:
@@ -52,22 +55,29 @@ class Layout:
         both = side == "full"
         side = "right" if both else side
         long, short = long_short(matrix_shape(param.shape), side)
-        bases = {"basis": (short, rank)}
+        basis_format = group["basis_format"]
+        bases = {"basis": (short, rank) if basis_format is None else basis_code_shape(short, rank, basis_format)}
         if both:
             bases["long_basis"] = (long, rank)
         moments = (rank if both else long, rank)
-        return cls(rank, side, bases, moments, eight_bit and math.prod(moments) >= MIN_8BIT_ELEMENTS)
+        eight_bit = eight_bit and math.prod(moments) >= MIN_8BIT_ELEMENTS
+        return cls(rank, side, bases, moments, eight_bit, basis_format)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether the tensors of ``state`` have this layout's shapes, and its moments this layout's dtype."""
         shapes = {**dict.fromkeys(_MOMENTS, self.moments), **self.bases}
-        dtype = torch.uint8 if self.eight_bit else torch.float32
+        dtypes = dict.fromkeys(_MOMENTS, torch.uint8 if self.eight_bit else torch.float32)
+        if self.basis_format is not None and self.bases:
+            dtypes["basis"] = BASIS_CODE_DTYPES[self.basis_format]
         return all(key in state and tuple(state[key].shape) == shape for key, shape in shapes.items()) and all(
-            state[key].dtype == dtype for key in _MOMENTS
+            state[key].dtype == dtype for key, dtype in dtypes.items()
         )
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
-        """A fresh state on the parameter's device; bases have the parameter's dtype and are zero until refreshed."""
+        """A fresh state on the parameter's device; bases are zero until refreshed.
+
+        They have the parameter's dtype unless they are quantized.
+        """
         adam = AdamState.zeros(self.moments, eight_bit=self.eight_bit, device=param.device)
         state: dict[str, Any] = {"step": adam.step, "skipped": adam.skipped}
         for name in (*_MOMENTS, *(_ABSMAX if self.eight_bit else ())):
@@ -75,9 +85,12 @@ class Layout:
         if self.eight_bit:
             state["block_size"] = BLOCK_SIZE
         for name, shape in self.bases.items():
-            state[name] = torch.zeros(shape, dtype=param.dtype, device=param.device)
+            dtype = param.dtype if self.basis_format is None else BASIS_CODE_DTYPES[self.basis_format]
+            state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
         if self.rank is not None:
-            state["refreshes"] = 0
+            if self.basis_format is not None:
+                state["basis_scale"] = torch.zeros(self.rank, dtype=torch.float32, device=param.device)
+            state.update(asdict(RefreshRecord()))
         return state
 
 
@@ -91,6 +104,17 @@ def adam_state(state: Mapping[str, Any]) -> AdamState:
         state["step"],
         state["skipped"],
     )
+
+
+def refresh_record(state: Mapping[str, Any]) -> RefreshRecord:
+    """What ``state`` remembers of the refreshes of its basis."""
+    return RefreshRecord(**{field.name: state[field.name] for field in fields(RefreshRecord)})
+
+
+def float_basis(state: Mapping[str, Any], name: str) -> Tensor:
+    """The basis ``name`` in float32."""
+    scale = state.get("basis_scale")
+    return state[name].float() if scale is None else dequantize_basis(state[name], scale)
 
 
 def tensor_bytes(state: Mapping[str, Any]) -> int:
@@ -112,8 +136,8 @@ def check_state(state: Mapping[str, Any], param: Tensor, layout: Layout, where: 
     for key, want in expected.items():
         got = state[key]
         if not isinstance(want, Tensor):
-            if type(got) is not int or (key == "block_size" and got != want) or got < 0:
-                raise ValueError(f"{where}: {key} is {got!r}, expected an integer like {want}; the state is damaged")
+            if type(got) is not type(want) or (key == "block_size" and got != want) or not 0 <= got < math.inf:
+                raise ValueError(f"{where}: {key} is {got!r}, expected a number like {want}; the state is damaged")
             continue
         if not isinstance(got, Tensor) or got.shape != want.shape:
             shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
@@ -121,7 +145,7 @@ def check_state(state: Mapping[str, Any], param: Tensor, layout: Layout, where: 
                 f"{where}: {key} has shape {shape}, expected {tuple(want.shape)}; "
                 "build the model and the optimizer as they were when the checkpoint was saved"
             )
-        dtypes = WEIGHT_DTYPES if key in _BASES else (want.dtype,)
+        dtypes = WEIGHT_DTYPES if key in _BASES and layout.basis_format is None else (want.dtype,)
         if got.dtype not in dtypes:
             raise ValueError(f"{where}: {key} has dtype {got.dtype}, expected {want.dtype}; the state was cast")
         _check_values(key, got, where)
@@ -137,6 +161,18 @@ def _check_values(key: str, value: Tensor, where: str) -> None:
         raise ValueError(f"{where}: step is {float(value)}, expected a whole number; the state is damaged")
 
 
+def _describe_refresh(group: Mapping[str, Any]) -> str:
+    parts = [f"refreshed every {group['update_proj_gap']} steps", group["refresh_method"]]
+    if group["refresh_schedule"] != "periodic":
+        parts.append(group["refresh_schedule"])
+    parts += [name for key, name in (("warm_start", "warm"), ("async_refresh", "asynchronous")) if group[key]]
+    if group["moments_on_refresh"] != "keep":
+        parts.append(f"moments {group['moments_on_refresh']}")
+    if group["basis_format"] is not None:
+        parts.append(f"{group['basis_format']} basis")
+    return ", ".join(parts)
+
+
 def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
     """One line of what a group does, for the optimizer's repr."""
     ranks = sorted({layout.rank for layout in layouts if layout.rank is not None})
@@ -145,7 +181,7 @@ def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
     if projected:
         parts.append(
             f"{projected} projected to rank {', '.join(map(str, ranks))} ({group['proj_type']}, scale "
-            f"{float(group['scale']):g}, refreshed every {group['update_proj_gap']} steps, {group['refresh_method']})"
+            f"{float(group['scale']):g}, {_describe_refresh(group)})"
         )
     if projected < len(layouts):
         parts.append(f"{len(layouts) - projected} at full rank")

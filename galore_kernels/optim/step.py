@@ -19,10 +19,13 @@ from galore_kernels.optim import multi_tensor
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_lr, check_param, check_scheduled, matrix_shape
+from galore_kernels.optim.pending import Pending
+from galore_kernels.optim.refresh import changes, find_bases, is_due, take_over
 from galore_kernels.optim.scalars import LearningRates, Unscaling
 from galore_kernels.optim.skip_monitor import SkipMonitor
 from galore_kernels.optim.state import Layout, adam_state
-from galore_kernels.optim.update import Update, refreshed, take_over
+from galore_kernels.optim.update import Update
+from galore_kernels.subspace import phases
 
 _WRAPPERS = ("galore_kernels", "torch")
 
@@ -51,6 +54,7 @@ class SteppingOptimizer(Optimizer):
         self._counters = Counters()
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
+        self._pending = Pending()
 
     def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
         """(index over all groups, name for messages, parameter, group)."""
@@ -85,7 +89,8 @@ class SteppingOptimizer(Optimizer):
         Other steps can be captured in a CUDA graph, from the third on. Its replays read the learning rate from the
         tensor on the GPU that ``lr`` was at the capture (a number, or a tensor on the CPU, is part of the graph), and
         count, but refresh nothing: for that call ``step()`` itself whenever the number of steps taken is a multiple of
-        ``update_proj_gap``. Replays then use the new basis. Capture anew after ``load_state_dict``.
+        ``update_proj_gap`` (with other schedules, has reached ``next_refresh`` of a state). Replays then use the new
+        basis; one that was found asynchronously, after one more call. Capture anew after ``load_state_dict``.
 
         Args:
             closure: reevaluates the model and returns the loss; run with gradients enabled.
@@ -114,6 +119,7 @@ class SteppingOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_pending()
         unscaling = Unscaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         plan, grads, capture = self._planned(unscaling)
         done = self._resume_interrupted(grads)
@@ -131,6 +137,23 @@ class SteppingOptimizer(Optimizer):
         if capture:
             self._captured.append(plan)
         return loss
+
+    @torch.no_grad()
+    def _take_pending(self) -> None:
+        """Puts the bases that asynchronous refreshes of the last step have found into the state."""
+        devices = self._pending.devices()
+        if devices and multi_tensor.capturing(devices):
+            raise RuntimeError(
+                "the last step began to refresh subspaces, and a CUDA graph is being captured, which can't hold their "
+                "taking over; take one more step outside of the capture"
+            )
+        for update, found, step in self._pending.finished():
+            state = self.state.get(update.param)
+            if state:  # else somebody has removed it
+                changed = changes(update, state, found, step, self._backend)
+                take_over(state, changed)
+                if "step" in changed:
+                    self._plan = None
 
     def _planned(self, unscaling: Unscaling) -> tuple[Plan, list[Tensor | None], bool]:
         """The step's plan, all parameters' gradients, and whether a CUDA graph is being captured. Changes nothing."""
@@ -165,12 +188,15 @@ class SteppingOptimizer(Optimizer):
     def _collect(self) -> list[Update]:
         for group_index, group in enumerate(self.param_groups):
             check_scheduled(group, f"param group {group_index}")
+        everything = [(*entry, self._layout(*entry[2:])) for entry in self._named_params()]
+        projected = [(index, param.numel()) for index, _, param, _, layout in everything if layout.rank is not None]
+        phase = dict(zip([index for index, _ in projected], phases([size for _, size in projected]), strict=True))
         updates = []
-        for index, name, param, group in self._named_params():
+        for index, name, param, group, layout in everything:
             if param.grad is None or param.numel() == 0:
                 continue
             check_param(param, name)
-            updates.append(Update(param, group, index, name, self._layout(param, group)))
+            updates.append(Update(param, group, index, name, layout, phase.get(index, 0.0)))
             updates[-1].check(self.state.get(param))
         return updates
 
@@ -262,42 +288,53 @@ class SteppingOptimizer(Optimizer):
         param, grad, group, layout = update.param, update.grad, update.group, update.layout
         fresh = not self.state.get(param)
         state = layout.new_state(param) if fresh else self.state[param]
-        step, skipped = int(state["step"]), int(state["skipped"])
-        options = replace(options, rounding_seed=update.rounding_seed())
+        step = before = int(state["step"])
+        skipped = int(state["skipped"])
+        options = replace(options, rounding_seed=update.rounding_seed(state))
+        due = is_due(update, state)
+        later = due and group["async_refresh"] and state["refreshes"] > 0
         changed: dict[str, Any] = {}
-        weight = param
+        weight, new = param, state
         try:
+            if due and not later:
+                changed = changes(update, state, find_bases(update, state, grad), step, self._backend)
+            new = {**state, **changed}
+            before = int(new["step"])
             if layout.side is None:
                 ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
             else:
-                changed = refreshed(update, state)
-                bases = {**state, **changed}
                 shape = matrix_shape(param.shape)
                 weight = param.reshape(shape)
                 ops.galore_update(
                     weight,
                     grad.reshape(shape),
-                    bases["basis"],
-                    adam_state(state),
+                    new["basis"],
+                    adam_state(new),
                     options,
                     side=layout.side,
                     scale=float(group["scale"]),
-                    long_basis=bases.get("long_basis"),
+                    long_basis=new.get("long_basis"),
+                    basis_scale=new.get("basis_scale"),
                     backend=self._backend,
                 )
             int(state["step"])  # here the host waits, and here Ctrl-C strikes
         finally:
             # The kernel decides whether a step was taken. A step that raised has changed nothing of this parameter; a
             # skipped one hasn't either: a basis found in a gradient that is not used goes with it.
-            steps, skips = int(state["step"]), int(state["skipped"])
-            if steps > step:
+            steps, skips = int(new["step"]), int(state["skipped"])
+            taken = steps > before
+            if taken:
                 if weight.data_ptr() != param.data_ptr():
                     param.copy_(weight.view(param.shape))
                 take_over(state, changed)
-            if fresh and (steps > step or skips):
+            if fresh and (taken or skips):
                 self.state[param] = state
-            if steps > step or skips > skipped:
+            if taken or skips > skipped:
                 finished.append(param)
+            if "step" in changed or changed.get("refreshes") == 1:
+                self._plan = None  # other seeds, or a first basis, so that it can be grouped with others
+        if taken and later:
+            self._pending.begin(update, state, step)
         if param in self.state and self._select(param.device).group is not None:
             skipped = self._counters.note(state, steps, skipped, skips)
         return skipped, skips

@@ -1,4 +1,4 @@
-"""One parameter's part of a step: what it updates, and the refresh of its subspace."""
+"""One parameter's part of a step, checked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.state import Layout
-from galore_kernels.subspace import refresh_basis
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class Update:
         index: over all groups, the same after a resume: it goes into the seeds.
         name: for messages.
         layout: of the state.
+        phase: in [0, 1), its place among the projected parameters: see ``galore_kernels.subspace.Schedule``.
     """
 
     param: Tensor
@@ -32,6 +31,7 @@ class Update:
     index: int
     name: str
     layout: Layout
+    phase: float = 0.0
 
     @property
     def grad(self) -> Tensor:
@@ -59,49 +59,16 @@ class Update:
                 "optimizer, or restore it"
             )
 
-    def rounding_seed(self) -> int | None:
+    def rounding_seed(self, state: Mapping[str, Any]) -> int | None:
         """Seed for stochastic rounding, or None for rounding to nearest."""
         if not self.group["stochastic_rounding"] or self.param.dtype != torch.bfloat16:
             return None
-        return derived_seed(self.group["seed"], self.index, "rounding")
+        # The random bits of a seed depend on Adam's step counter, which "reset" sets back.
+        reset = self.layout.rank is not None and self.group["moments_on_refresh"] == "reset"
+        return derived_seed(self.group["seed"], self.index, "rounding", *([state["refreshes"]] if reset else []))
 
 
 def derived_seed(*parts: object) -> int:
     """A 63-bit seed from the optimizer's seed and what it is for: the same in every process and after a resume."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def refreshed(update: Update, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``state`` that a refresh of the subspace changes; empty if none is due. Changes nothing.
-
-    Due at the steps 0, T, 2T, ..., counted before the increment, and until a first basis has been found: a gradient
-    that is zero or not finite has none, and the previous basis is kept.
-    """
-    refreshes = state["refreshes"]
-    if update.layout.rank is None or (int(state["step"]) % update.group["update_proj_gap"] and refreshes):
-        return {}
-    gradient = update.grad.reshape(matrix_shape(update.param.shape))
-    oriented = gradient if update.layout.side == "right" else gradient.T
-    matrices = {"basis": oriented, "long_basis": oriented.T}
-    changed: dict[str, Any] = {}
-    for name in update.layout.bases:
-        basis = refresh_basis(
-            matrices[name],
-            update.layout.rank,
-            previous=state[name],
-            seed=derived_seed(update.group["seed"], update.index, name, refreshes),
-            method=update.group["refresh_method"],
-        )
-        if basis is state[name]:
-            return {}
-        changed[name] = basis.to(update.param.dtype)
-    return {**changed, "refreshes": refreshes + 1}
-
-
-def take_over(state: dict[str, Any], changed: Mapping[str, Any]) -> None:
-    """Puts the changed entries into ``state``: into the memory of the old ones, which a CUDA graph may read."""
-    for name, value in changed.items():
-        old = state[name]
-        fits = isinstance(value, Tensor) and value.dtype == old.dtype and value.device == old.device
-        state[name] = old.copy_(value) if fits else value

@@ -3,7 +3,22 @@
 Everything here is plain PyTorch, imports nothing else of this package, and runs wherever PyTorch runs.
 """
 
+from galore_kernels.subspace.precision import full_precision
 from galore_kernels.subspace.refresh import REFRESH_METHODS, Subspace, find_subspace, refresh_basis
+from galore_kernels.subspace.schedule import REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 
-__all__ = ["PROJ_TYPES", "REFRESH_METHODS", "Side", "Subspace", "find_subspace", "projection_side", "refresh_basis"]
+__all__ = [
+    "PROJ_TYPES",
+    "REFRESH_METHODS",
+    "REFRESH_SCHEDULES",
+    "RefreshRecord",
+    "Schedule",
+    "Side",
+    "Subspace",
+    "find_subspace",
+    "full_precision",
+    "phases",
+    "projection_side",
+    "refresh_basis",
+]

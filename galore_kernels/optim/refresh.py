@@ -1,0 +1,113 @@
+"""One parameter's refresh: a basis found in its gradient, and the moments in that basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from galore_kernels import ops
+from galore_kernels.optim.options import matrix_shape
+from galore_kernels.optim.state import adam_state, float_basis, refresh_record
+from galore_kernels.optim.update import Update, derived_seed
+from galore_kernels.quantizers import quantize_basis
+from galore_kernels.subspace import RefreshRecord, Schedule, Subspace, find_subspace, full_precision
+
+Changes = dict[str, Any]
+
+
+def is_due(update: Update, state: Mapping[str, Any]) -> bool:
+    """Whether the parameter's basis has to be found in this step. Reads its step counter."""
+    return update.layout.rank is not None and refresh_record(state).due(int(state["step"]))
+
+
+def find_bases(update: Update, state: Mapping[str, Any], gradient: Tensor) -> dict[str, Subspace]:
+    """The subspace of each basis of a parameter in ``gradient``, which has the parameter's shape. Changes nothing."""
+    group, record = update.group, refresh_record(state)
+    matrix = gradient.reshape(matrix_shape(update.param.shape))
+    oriented = matrix if update.layout.side == "right" else matrix.T
+    found = {}
+    for name in update.layout.bases:
+        warm = group["warm_start"] and record.refreshes > 0
+        found[name] = find_subspace(
+            oriented if name == "basis" else oriented.T,
+            update.layout.rank or 0,
+            previous=float_basis(state, name) if warm else None,
+            captured=record.captured_cold if warm else None,
+            seed=derived_seed(group["seed"], update.index, name, record.refreshes),
+            method=group["refresh_method"],
+        )
+    return found
+
+
+def changes(
+    update: Update, state: Mapping[str, Any], found: Mapping[str, Subspace], step: int, backend: str
+) -> Changes:
+    """The entries of ``state`` that become others with what was found in the gradient of step number ``step``.
+
+    Where the gradient held no subspace (it is zero, or not finite) the bases stay, and the next refresh is planned;
+    until there is a first basis, every step tries. ``backend``: for the moments.
+    """
+    group, record = update.group, refresh_record(state)
+    schedule = Schedule(group["refresh_schedule"], group["update_proj_gap"], update.phase)
+    if not all(subspace.found for subspace in found.values()):
+        return {"next_refresh": schedule.planned(record, step).next_refresh} if record.refreshes else {}
+    changed: Changes = {}
+    for name, subspace in found.items():
+        if update.layout.basis_format is None:
+            changed[name] = subspace.basis.to(update.param.dtype)
+        else:
+            changed[name], changed["basis_scale"] = quantize_basis(subspace.basis, update.layout.basis_format)
+    overlap, moments = 0.0, group["moments_on_refresh"]
+    reset = moments == "reset" and record.refreshes > 0
+    if record.refreshes:
+        with full_precision():
+            turns = {name: float_basis(state, name).T @ float_basis(changed, name) for name in found}
+        kept = [turn.square().sum() / found[name].basis.square().sum() for name, turn in turns.items()]
+        overlap = min(map(float, kept))
+        if moments == "rotate":
+            changed |= _rotated(state, turns, group["betas"], backend)
+        elif reset:
+            changed |= _tensors(update.layout.new_state(update.param))
+    captured = float(found["basis"].captured)
+    record = RefreshRecord(
+        refreshes=record.refreshes + 1,
+        # Where each refresh begins the count of steps anew, it tells how many were taken since the last.
+        refreshed_at=step + (record.refreshed_at if moments == "reset" else 0),
+        interval=record.interval,
+        captured=captured,
+        captured_cold=captured if found["basis"].cold else record.captured_cold,
+        overlap=overlap,
+    )
+    return changed | asdict(schedule.planned(record, 0 if reset else step))
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+
+
+def _rotated(
+    state: Mapping[str, Any], turns: Mapping[str, Tensor], betas: tuple[float, float], backend: str
+) -> Changes:
+    adam = ops.rotate_moments(
+        adam_state(state),
+        turns["basis"],
+        beta1=float(betas[0]),
+        beta2=float(betas[1]),
+        long_rotation=turns.get("long_basis"),
+        backend=backend,
+    )
+    return {name: value for name in _MOMENTS if (value := getattr(adam, name)) is not None}
+
+
+def _tensors(fresh: Mapping[str, Any]) -> Changes:
+    return {name: fresh[name] for name in (*_MOMENTS, "step") if name in fresh}
+
+
+def take_over(state: dict[str, Any], changed: Mapping[str, Any]) -> None:
+    """Puts the changed entries into ``state``: into the memory of the old ones, which a CUDA graph may read."""
+    for name, value in changed.items():
+        old = state[name]
+        fits = isinstance(value, Tensor) and value.dtype == old.dtype and value.device == old.device
+        state[name] = old.copy_(value) if fits else value
