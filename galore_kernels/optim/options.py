@@ -16,13 +16,16 @@ from torch import Tensor
 
 from galore_kernels.ops.adam import WEIGHT_DTYPES, overlaps
 from galore_kernels.quantizers import BASIS_FORMATS
-from galore_kernels.subspace import PROJ_TYPES, REFRESH_METHODS, REFRESH_SCHEDULES, projection_side
+from galore_kernels.subspace import (
+    MOMENTS_ON_REFRESH,
+    PROJ_TYPES,
+    REFRESH_METHODS,
+    REFRESH_SCHEDULES,
+    projection_side,
+)
 
 #: Options that decide the shape of the state; a checkpoint must have been made with the same ones.
 STRUCTURAL = ("rank", "proj_type", "project_nd", "basis_format")
-
-#: What becomes of the moments when the basis changes.
-MOMENTS_ON_REFRESH = ("keep", "rotate", "reset")
 
 KNOWN = (
     "params",

@@ -102,7 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     galore.add_argument("--update-proj-gap", type=int, help="steps between refreshes of the bases")
     galore.add_argument("--scale", type=float)
     galore.add_argument("--proj-type", help="as in galore_torch (default: std)")
-    galore.add_argument("--refresh-method", help="how a basis is found: randomized (default) or svd")
+    ours = parser.add_argument_group("refresh of the subspace (galore8bit and galore)")
+    ours.add_argument("--refresh-method", help="how a basis is found: randomized (default) or svd")
+    ours.add_argument("--refresh-schedule", help="periodic (default), staggered or adaptive")
+    ours.add_argument("--warm-start", action=argparse.BooleanOptionalAction, help="search from the previous basis")
+    ours.add_argument(
+        "--async-refresh", action=argparse.BooleanOptionalAction, help="use a basis from the next step on"
+    )
+    ours.add_argument("--moments-on-refresh", help="keep (default), rotate or reset")
+    ours.add_argument("--basis-format", help="int8 or int4 (default: the weights' dtype)")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")

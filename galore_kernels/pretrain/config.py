@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from galore_kernels.subspace import PROJ_TYPES, REFRESH_METHODS
+from galore_kernels.quantizers import BASIS_FORMATS
+from galore_kernels.subspace import MOMENTS_ON_REFRESH, PROJ_TYPES, REFRESH_METHODS, REFRESH_SCHEDULES
 
 from .presets import PRESETS
 
@@ -54,6 +55,11 @@ class Config:
     scale: float
     proj_type: str
     refresh_method: str
+    refresh_schedule: str
+    warm_start: bool
+    async_refresh: bool
+    moments_on_refresh: str
+    basis_format: str | None
     dtype: str
     seed: int
     split: str
@@ -93,6 +99,11 @@ class Config:
             "scale": 0.25,
             "proj_type": "std",
             "refresh_method": "randomized",
+            "refresh_schedule": "periodic",
+            "warm_start": False,
+            "async_refresh": False,
+            "moments_on_refresh": "keep",
+            "basis_format": None,
             "seed": 0,
             "split": "file",
             "text": (),
@@ -119,7 +130,15 @@ class Config:
         self._expect("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
         self._expect("scale", math.isfinite(self.scale) and self.scale > 0, "a finite number > 0")
         self._expect("proj_type", self.proj_type in PROJ_TYPES, "one of " + ", ".join(PROJ_TYPES))
-        self._expect("refresh_method", self.refresh_method in REFRESH_METHODS, "one of " + ", ".join(REFRESH_METHODS))
+        for key, choices in (
+            ("refresh_method", REFRESH_METHODS),
+            ("refresh_schedule", REFRESH_SCHEDULES),
+            ("moments_on_refresh", MOMENTS_ON_REFRESH),
+            ("basis_format", (None, *BASIS_FORMATS)),
+        ):
+            self._expect(key, getattr(self, key) in choices, "one of " + ", ".join(filter(None, choices)))
+        both = self.proj_type == "full"
+        self._expect("basis_format", self.basis_format is None or not both, "none with --proj-type full")
         for key in ("lr", "weight_decay", "eps", "clip"):
             value = getattr(self, key)
             self._expect(key, math.isfinite(value) and value >= 0, "a finite number that is not negative")

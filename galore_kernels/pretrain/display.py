@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
-__all__ = ["Display", "PlainDisplay", "choose_display", "format_bytes", "format_seconds", "time_left", "title"]
+__all__ = [
+    "Display",
+    "PlainDisplay",
+    "choose_display",
+    "describe_subspaces",
+    "format_bytes",
+    "format_seconds",
+    "time_left",
+    "title",
+]
 
 
 class Display(AbstractContextManager[Any], Protocol):
@@ -17,7 +27,7 @@ class Display(AbstractContextManager[Any], Protocol):
         """The run begins, or goes on after ``step``; ``header`` is the first line of its log."""
 
     def show(self, entry: dict[str, Any]) -> None:
-        """A line of the log: ``kind`` is "train", "validation" or "final"; or "saved", with a ``path``."""
+        """A line of the log: ``kind`` is "train", "validation", "subspaces" or "final"; or "saved", with a ``path``."""
 
 
 def choose_display() -> Display:
@@ -65,6 +75,8 @@ class PlainDisplay:
             )
         elif entry["kind"] == "validation":
             self._print(f"{self._at(entry)}  validation loss {entry['loss']:.4f}")
+        elif entry["kind"] == "subspaces":
+            self._print(f"{self._at(entry)}  subspaces: {describe_subspaces(entry)}")
         elif entry["kind"] == "saved":
             self._print(f"{self._at(entry)}  saved {entry['path']}")
         else:
@@ -88,6 +100,21 @@ def title(header: dict[str, Any]) -> str:
         f"{config['preset']} Llama, {header['parameters'] / 1e6:.1f} M parameters, {config['optimizer']}, "
         f"{config['dtype']} on {machine['device']} ({machine['name']}{threads})"
     )
+
+
+def describe_subspaces(entry: dict[str, Any]) -> str:
+    """The layers' means of captured energy and overlap, and the range of their intervals."""
+    layers = entry["layers"].values()
+    overlaps = [layer["overlap"] for layer in layers if layer["overlap"] is not None]
+    intervals = [layer["interval"] for layer in layers]
+    low, high = min(intervals), max(intervals)
+    captured, overlap = _mean([layer["captured"] for layer in layers]), _mean(overlaps) if overlaps else math.nan
+    interval = f"{low}" if low == high else f"{low} to {high}"
+    return f"captured {captured:.3f}  overlap {overlap:.2f}  interval {interval}"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def time_left(entry: dict[str, Any], steps: int) -> float:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from .config import PretrainError
-from .display import format_bytes, format_seconds, time_left, title
+from .display import describe_subspaces, format_bytes, format_seconds, time_left, title
 
 try:
     from rich.console import Console, Group
@@ -37,6 +37,7 @@ class LiveDisplay:
         self._losses: list[float] = []
         self._train: dict[str, Any] = {}
         self._validation = "-"
+        self._subspaces = "-"
         self._saved = "-"
 
     def __enter__(self) -> LiveDisplay:
@@ -63,6 +64,8 @@ class LiveDisplay:
             self._bar.update(self._task, completed=entry["step"])
         elif entry["kind"] == "validation":
             self._validation = f"{entry['loss']:.4f} (step {entry['step']})"
+        elif entry["kind"] == "subspaces":
+            self._subspaces = describe_subspaces(entry)
         elif entry["kind"] == "saved":
             self._saved = entry["path"]
         self._live.update(self._panel())
@@ -76,8 +79,9 @@ class LiveDisplay:
             figures.add_row(*cells[begin : begin + _COLUMNS])
         corpus = f"{self._header['corpus']['description']}, split by {self._header['config']['split']}"
         curve = sparkline(self._losses, max(10, self._console.width - 4))
+        subspaces = Text(f"subspaces  {self._subspaces}", style="dim", no_wrap=True, overflow="ellipsis")
         checkpoint = Text(f"checkpoint  {self._saved}", style="dim", no_wrap=True, overflow="ellipsis")
-        content = Group(Text(corpus, style="dim"), self._bar, figures, Text(curve, style="cyan"), checkpoint)
+        content = Group(Text(corpus, style="dim"), self._bar, figures, Text(curve, style="cyan"), subspaces, checkpoint)
         return Panel(content, title=title(self._header))
 
     def _figures(self) -> list[tuple[str, str]]:

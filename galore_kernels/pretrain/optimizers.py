@@ -11,7 +11,7 @@ import torch
 from . import rivals
 from .config import Config
 
-__all__ = ["build_optimizer", "load_optimizer_state", "optimizer_state", "package_versions"]
+__all__ = ["build_optimizer", "load_optimizer_state", "optimizer_state", "package_versions", "subspace_report"]
 
 _BETAS = (0.9, 0.999)
 
@@ -43,6 +43,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, config: Config, state
         optimizer.load_state_dict(state)
 
 
+def subspace_report(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """What ours tells of its subspaces; empty for the rivals, and before the first step."""
+    report = getattr(optimizer, "subspace_report", None)
+    return report() if callable(report) else {}
+
+
 def package_versions() -> dict[str, str]:
     """Version of every package that has a say in the result, ``"not installed"`` included."""
     names = ("galore-kernels", "torch", "transformers", "numpy", "bitsandbytes", "galore-torch")
@@ -68,6 +74,11 @@ def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.
             scale=config.scale,
             proj_type=config.proj_type,
             refresh_method=config.refresh_method,
+            refresh_schedule=config.refresh_schedule,
+            warm_start=config.warm_start,
+            async_refresh=config.async_refresh,
+            moments_on_refresh=config.moments_on_refresh,
+            basis_format=config.basis_format,
         )
         optimizer_class = getattr(galore_kernels, class_name)
         optimizer: torch.optim.Optimizer = optimizer_class(

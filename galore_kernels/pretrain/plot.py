@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class RunRecord:
     validation: tuple[list[int], list[float]]
     last_train: dict[str, Any] | None
     final: dict[str, Any] | None
+    subspaces: list[dict[str, Any]]
 
     @property
     def validation_loss(self) -> float | None:
@@ -53,7 +55,7 @@ def _read_run(path: Path) -> RunRecord:
     final = entries[-1] if entries[-1]["kind"] == "final" else None
     return RunRecord(
         path.parent.name, entries[0], series(entries, "train", "loss"), series(entries, "validation", "loss"),
-        training[-1] if training else None, final,
+        training[-1] if training else None, final, [entry for entry in entries if entry["kind"] == "subspaces"],
     )  # fmt: skip
 
 
@@ -102,10 +104,16 @@ def plot_runs(runs: list[RunRecord], path: Path) -> None:
     except ImportError as error:
         raise PretrainError(f"the picture needs the package matplotlib ({error}): pip install matplotlib") from error
     height = max(5.0, 2.4 + 0.45 * len(runs))
-    figure = Figure(figsize=(13, height), layout="constrained", dpi=120)
+    with_subspaces = any(run.subspaces for run in runs)
+    figure = Figure(figsize=(13, height + 3.6 * with_subspaces), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 1.25))
     colors = [f"C{index % 10}" for index in range(len(runs))]
+    above: Any = figure
+    if with_subspaces:
+        rows: Any = figure.subfigures(2, 1, height_ratios=(height, 3.6))
+        above, below = rows
+        _draw_subspaces(below, runs, colors)
+    curves, bars = above.subplots(1, 2, width_ratios=(3, 1.25))
     for run, color in zip(runs, colors, strict=True):
         _draw_curve(curves, run, color)
     _finish_curves(curves, runs)
@@ -140,6 +148,28 @@ def _finish_curves(axes: Any, runs: list[RunRecord]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="final validation loss (dots); lines: training, smoothed", loc="upper right", frameon=True)
+
+
+def _draw_subspaces(figure: Any, runs: list[RunRecord], colors: list[str]) -> None:
+    """Of the layers' subspaces over the steps: the median, and between the lowest and highest layer a band."""
+    quantities = (("captured", "gradient energy captured"), ("overlap", "overlap with the basis before"),
+                  ("interval", "steps between refreshes"))  # fmt: skip
+    for axes, (key, label) in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
+        for run, color in zip(runs, colors, strict=True):
+            points = [(entry["step"], _layer_values(entry, key)) for entry in run.subspaces]
+            points = [(step, values) for step, values in points if values]
+            steps = [step for step, _ in points]
+            axes.plot(steps, [statistics.median(values) for _, values in points], color=color, marker=".")
+            axes.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], color=color, alpha=0.08)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _layer_values(entry: dict[str, Any], key: str) -> list[float]:
+    return [layer[key] for layer in entry["layers"].values() if layer[key] is not None]
 
 
 def _draw_state(axes: Any, runs: list[RunRecord], colors: list[str]) -> None:

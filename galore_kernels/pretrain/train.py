@@ -15,7 +15,7 @@ from .config import Config, PretrainError
 from .corpus import Corpus
 from .display import Display
 from .machine import SignalWatch, machine_facts, peak_memory, sole_trainer
-from .optimizers import build_optimizer, package_versions
+from .optimizers import build_optimizer, package_versions, subspace_report
 from .resume import Progress, restore_run, save_run
 from .rivals import optimizer_state_bytes
 from .runlog import RunLog
@@ -209,6 +209,9 @@ class _Run:
         self._expect_finite(loss, "validation", self.progress.step)
         self.progress.validation_loss = round(loss, 6)
         self.display.show(self.log.write("validation", step=self.progress.step, loss=self.progress.validation_loss))
+        subspaces = subspace_report(self.optimizer)
+        if subspaces:
+            self.display.show(self.log.write("subspaces", step=self.progress.step, layers=subspaces))
 
     def _save(self) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):

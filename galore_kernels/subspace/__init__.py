@@ -5,10 +5,11 @@ Everything here is plain PyTorch, imports nothing else of this package, and runs
 
 from galore_kernels.subspace.precision import full_precision
 from galore_kernels.subspace.refresh import REFRESH_METHODS, Subspace, find_subspace, refresh_basis
-from galore_kernels.subspace.schedule import REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
+from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 
 __all__ = [
+    "MOMENTS_ON_REFRESH",
     "PROJ_TYPES",
     "REFRESH_METHODS",
     "REFRESH_SCHEDULES",

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 REFRESH_SCHEDULES: tuple[str, ...] = ("periodic", "staggered", "adaptive")
 """The values of ``refresh_schedule``."""
 
+MOMENTS_ON_REFRESH: tuple[str, ...] = ("keep", "rotate", "reset")
+"""The values of ``moments_on_refresh``: what becomes of Adam's moments when the basis changes."""
+
 # An adaptive interval doubles where a refresh found this overlap or more, and halves below the other. Between the
 # second and the bases of two random subspaces (r / S) lie layers whose directions have moved for the most part.
 OVERLAP_TO_GROW = 0.6
