@@ -69,7 +69,7 @@ class Schedule:
         if self.kind == "periodic":
             interval = self.gap - step % self.gap
         elif record.refreshes <= 1:
-            interval = int(self.phase * self.gap) or self.gap
+            interval = round(self.phase * self.gap) % self.gap or self.gap
         elif self.kind == "staggered":
             interval = self.gap
         else:
