@@ -22,6 +22,8 @@ ROOT = BENCH.parent
 
 TEST_FILES = (
     "test_galore_update.py",
+    "test_galore_update_quantized.py",
+    "test_rotate_moments.py",
     "test_adam8bit_update.py",
     "test_quantize_blockwise.py",
     "test_device_backend.py",

@@ -11,6 +11,7 @@
 
 #include "core/absmax_block.h"
 #include "core/adam.h"
+#include "core/rotate_moments.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 #if defined(GK_WITH_CUDA)
@@ -25,6 +26,7 @@ using gk::index_t;
 using gk::cpu::Kernels;
 using gk::cpu::Moments;
 using gk::cpu::Projection;
+using gk::cpu::Rotation;
 using gk::cpu::selected_kernels;
 using gk::cpu::Weight;
 using gk::cpu::WeightRounding;
@@ -52,6 +54,18 @@ int thread_count(index_t threads) {
 
 gk::DType dtype_of(const char* name, int code) {
     if (code < 0 || code > 2) refuse(name, code, "0 (float32), 1 (bfloat16) or 2 (float16)");
+    return static_cast<gk::DType>(code);
+}
+
+gk::DType basis_dtype_of(int code, Address basis_scale) {
+    if (code < 0 || code > 4) {
+        refuse("basis_dtype", code, "0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (int4)");
+    }
+    if ((code >= 3) != (basis_scale != 0)) {
+        throw std::invalid_argument("basis_scale: expected an address with int8 or int4 codes and 0 without, got " +
+                                    std::string(basis_scale != 0 ? "one" : "0") +
+                                    " with basis_dtype=" + std::to_string(code));
+    }
     return static_cast<gk::DType>(code);
 }
 
@@ -86,13 +100,20 @@ Weight weight_of(Address data, int dtype_code, Seed rounding_seed, index_t step)
         WeightRounding{rounding_seed.has_value(), rounding_seed.value_or(0), static_cast<std::uint64_t>(step) + 1}};
 }
 
-Projection projection_of(index_t rows, index_t cols, int side, Address basis, int basis_dtype, index_t rank) {
+Projection projection_of(index_t rows, index_t cols, int side, Address basis, int basis_dtype, Address basis_scale,
+                         index_t rank) {
     return Projection{at_least("rows", rows, 0),
                       at_least("cols", cols, 0),
                       side_of(side),
                       pointer<const void>(basis),
-                      dtype_of("basis_dtype", basis_dtype),
-                      at_least("rank", rank, 1)};
+                      basis_dtype_of(basis_dtype, basis_scale),
+                      at_least("rank", rank, 1),
+                      pointer<const float>(basis_scale)};
+}
+
+Rotation rotation_of(index_t rows, Address matrix, index_t rank, index_t new_rank) {
+    return Rotation{at_least("rows", rows, 0), pointer<const float>(matrix), at_least("rank", rank, 1),
+                    at_least("new_rank", new_rank, 1)};
 }
 
 void quantize_blockwise(Address x, int dtype, index_t n, bool is_signed, Address codes, Address absmax,
@@ -149,8 +170,9 @@ void adam_update(Address param, int param_dtype, Address grad, int grad_dtype, A
 }
 
 bool project(Address grad, int grad_dtype, index_t rows, index_t cols, int side, Address basis, int basis_dtype,
-             index_t rank, Address lowrank_out, double inv_grad_scale, Address workspace, index_t threads) {
-    const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, rank);
+             Address basis_scale, index_t rank, Address lowrank_out, double inv_grad_scale, Address workspace,
+             index_t threads) {
+    const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, basis_scale, rank);
     const gk::DType grad_type = dtype_of("grad_dtype", grad_dtype);
     const int count = thread_count(threads);
     const py::gil_scoped_release unlocked;
@@ -173,12 +195,12 @@ void lowrank_adam(Address lowrank_inout, index_t n, Address m, Address v, Addres
 }
 
 void back_project_update(Address param, int param_dtype, index_t rows, index_t cols, int side, Address update,
-                         Address basis, int basis_dtype, index_t rank, double scale, double lr, double beta1,
-                         double beta2, double eps, double weight_decay, index_t step, double inv_grad_scale,
-                         bool maximize, Seed rounding_seed, Address workspace, index_t threads) {
+                         Address basis, int basis_dtype, Address basis_scale, index_t rank, double scale, double lr,
+                         double beta1, double beta2, double eps, double weight_decay, index_t step,
+                         double inv_grad_scale, bool maximize, Seed rounding_seed, Address workspace, index_t threads) {
     const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
     const Weight weight = weight_of(param, param_dtype, rounding_seed, step);
-    const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, rank);
+    const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, basis_scale, rank);
     const int count = thread_count(threads);
     const py::gil_scoped_release unlocked;
     selected_kernels().back_project_update(weight, projection, pointer<const float>(update),
@@ -186,8 +208,25 @@ void back_project_update(Address param, int param_dtype, index_t rows, index_t c
 }
 
 index_t workspace_bytes(index_t rows, index_t cols, index_t rank, int side, index_t threads) {
-    const Projection p = projection_of(rows, cols, side, 0, 0, rank);
+    const Projection p = projection_of(rows, cols, side, 0, 0, 0, rank);
     return selected_kernels().workspace_bytes(p.short_size(), p.rank, thread_count(threads));
+}
+
+void rotate_moments(index_t rows, Address rotation, index_t rank, index_t new_rank, Address m, Address v,
+                    Address m_absmax, Address v_absmax, Address new_m, Address new_v, Address new_m_absmax,
+                    Address new_v_absmax, double beta1, double beta2, index_t step, Address workspace,
+                    index_t threads) {
+    const Rotation turn = rotation_of(rows, rotation, rank, new_rank);
+    const Moments source = moments_of(m, v, m_absmax, v_absmax);
+    const Moments target = moments_of(new_m, new_v, new_m_absmax, new_v_absmax);
+    const float c = gk::squared_mean_factor(beta1, beta2, at_least("step", step, 0));
+    const int count = thread_count(threads);
+    const py::gil_scoped_release unlocked;
+    selected_kernels().rotate_moments(source, target, turn, c, pointer<void>(workspace), count);
+}
+
+index_t rotate_workspace_bytes(index_t rank, index_t new_rank, index_t threads) {
+    return selected_kernels().rotate_workspace_bytes(rotation_of(0, 0, rank, new_rank), thread_count(threads));
 }
 
 py::dict build_info() {
@@ -214,7 +253,8 @@ PYBIND11_MODULE(_native, module) {
     module.doc() =
         "Torch-free kernels. Buffers are addresses of contiguous row-major memory; dtype codes: 0 float32, 1 "
         "bfloat16,\n"
-        "2 float16; side: 0 right, 1 left. Results do not depend on `threads`.";
+        "2 float16, and for a basis 3 int8 or 4 int4, with basis_scale; side: 0 right, 1 left. Results do not depend\n"
+        "on `threads`.";
     selected_kernels();  // an unusable GALORE_KERNELS_ISA is reported by the import, not by the first step
 
     module.def("quantize_blockwise", quantize_blockwise, "x"_a, "dtype"_a, "n"_a, "signed"_a, "codes"_a, "absmax"_a,
@@ -231,18 +271,24 @@ PYBIND11_MODULE(_native, module) {
                "One step of Adam at full rank. Both absmax 0: m and v are fp32.");
     module.def(
         "project", project, "grad"_a, "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "basis"_a, "basis_dtype"_a,
-        "rank"_a, "lowrank_out"_a, "inv_grad_scale"_a, "workspace"_a, "threads"_a,
+        "basis_scale"_a, "rank"_a, "lowrank_out"_a, "inv_grad_scale"_a, "workspace"_a, "threads"_a,
         "R (long, rank) fp32 = the projected gradient * inv_grad_scale. Returns whether all of R is representable.");
     module.def("lowrank_adam", lowrank_adam, "lowrank_inout"_a, "n"_a, "m"_a, "v"_a, "m_absmax"_a, "v_absmax"_a, "lr"_a,
                "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "threads"_a,
                "Updates the moments with R, which project() has scaled, and turns R into the direction U in place.");
     module.def("back_project_update", back_project_update, "param"_a, "param_dtype"_a, "rows"_a, "cols"_a, "side"_a,
-               "update"_a, "basis"_a, "basis_dtype"_a, "rank"_a, "scale"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
-               "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "workspace"_a,
-               "threads"_a,
+               "update"_a, "basis"_a, "basis_dtype"_a, "basis_scale"_a, "rank"_a, "scale"_a, "lr"_a, "beta1"_a,
+               "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a,
+               "workspace"_a, "threads"_a,
                "W <- (W - step_size * scale * X) * (1 - lr * weight_decay), X = U @ P.T (right) or P @ U.T (left).");
     module.def("workspace_bytes", workspace_bytes, "rows"_a, "cols"_a, "rank"_a, "side"_a, "threads"_a,
                "Bytes of scratch memory that project() and back_project_update() need; of any alignment to 4.");
+    module.def("rotate_moments", rotate_moments, "rows"_a, "rotation"_a, "rank"_a, "new_rank"_a, "m"_a, "v"_a,
+               "m_absmax"_a, "v_absmax"_a, "new_m"_a, "new_v"_a, "new_m_absmax"_a, "new_v_absmax"_a, "beta1"_a,
+               "beta2"_a, "step"_a, "workspace"_a, "threads"_a,
+               "Writes the moments (rows, rank) as they are in another basis, (rows, new_rank), to new_m and new_v.");
+    module.def("rotate_workspace_bytes", rotate_workspace_bytes, "rank"_a, "new_rank"_a, "threads"_a,
+               "Bytes of scratch memory that rotate_moments() needs; of any alignment to 4.");
     module.def("build_info", build_info, "Instruction set in use, CUDA architectures built, compiler, version.");
 
 #if defined(GK_WITH_CUDA)

@@ -1,6 +1,7 @@
 """Types of the compiled module (csrc/bindings.cpp). Buffers are addresses of contiguous row-major memory.
 
-dtype codes: 0 float32, 1 bfloat16, 2 float16. side: 0 right, 1 left. An absmax address of 0 means fp32 moments.
+dtype codes: 0 float32, 1 bfloat16, 2 float16, and for a basis 3 int8 or 4 int4, with basis_scale (else 0). side: 0
+right, 1 left. An absmax address of 0 means fp32 moments.
 """
 
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def project(
     side: int,
     basis: int,
     basis_dtype: int,
+    basis_scale: int,
     rank: int,
     lowrank_out: int,
     inv_grad_scale: float,
@@ -74,6 +76,7 @@ def back_project_update(
     update: int,
     basis: int,
     basis_dtype: int,
+    basis_scale: int,
     rank: int,
     scale: float,
     lr: float,
@@ -89,6 +92,26 @@ def back_project_update(
     threads: int,
 ) -> None: ...
 def workspace_bytes(rows: int, cols: int, rank: int, side: int, threads: int) -> int: ...
+def rotate_moments(
+    rows: int,
+    rotation: int,
+    rank: int,
+    new_rank: int,
+    m: int,
+    v: int,
+    m_absmax: int,
+    v_absmax: int,
+    new_m: int,
+    new_v: int,
+    new_m_absmax: int,
+    new_v_absmax: int,
+    beta1: float,
+    beta2: float,
+    step: int,
+    workspace: int,
+    threads: int,
+) -> None: ...
+def rotate_workspace_bytes(rank: int, new_rank: int, threads: int) -> int: ...
 
 # What follows exists only where the package was built with nvcc: build_info()["cuda_archs"] is not empty. Everything
 # is enqueued on `stream` of `device`; addresses are of that device's memory. galore_kernels/backends/pipeline.py has

@@ -21,7 +21,14 @@ settings.register_profile("galore_kernels", derandomize=True, deadline=None, dat
 settings.load_profile("galore_kernels")
 
 #: The modules with the operations' own tests.
-OPERATIONS = {"test_adam8bit_update", "test_galore_update", "test_ops_library", "test_quantize_blockwise"}
+OPERATIONS = {
+    "test_adam8bit_update",
+    "test_galore_update",
+    "test_galore_update_quantized",
+    "test_ops_library",
+    "test_quantize_blockwise",
+    "test_rotate_moments",
+}
 
 
 @pytest.fixture

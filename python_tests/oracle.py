@@ -4,6 +4,7 @@
 - Adam: Kingma and Ba, arXiv 1412.6980, algorithm 1, with bias-corrected moments; decoupled decay: arXiv 1711.05101.
   galore_torch's two choices are kept: eps is added to the uncorrected sqrt(v), and the decay follows the update.
 - 8-bit code: Dettmers et al., arXiv 2110.02861.
+- Moments in another basis: Robert et al., "LDAdam", arXiv 2410.16103, section 3, for bias-corrected moments.
 - Random bits: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-10).
 """
 
@@ -80,6 +81,37 @@ def back_project(direction: Array, basis: Array, long_basis: Array | None, side:
         return basis @ paper
     wide = direction if long_basis is None else long_basis @ direction
     return wide @ basis.T
+
+
+def basis_codes(codes: Array, rank: int) -> Array:
+    """Whole numbers (S, r) of a quantized basis: int8, or uint8 with two to a byte, the low half first."""
+    if codes.dtype == np.int8:
+        return codes.astype(np.float64)
+    halves = np.empty((codes.shape[0], 2 * codes.shape[1]))
+    halves[:, 0::2], halves[:, 1::2] = codes % 16, codes // 16
+    return np.where(halves >= 8, halves - 16, halves)[:, :rank]
+
+
+def turn(x: Array, matrix: Array, long_matrix: Array | None) -> Array:
+    """x (L, r) with each row, and with ``long_matrix`` each column too, in the coordinates that the matrices give."""
+    turned = np.einsum("li,ij->lj", x, matrix)
+    return turned if long_matrix is None else np.einsum("ik,ij->kj", long_matrix, turned)
+
+
+def rotate_moments(
+    m: Array, v: Array, rotation: Array, long_rotation: Array | None, beta1: float, beta2: float, step: int
+) -> tuple[Array, Array]:
+    """The moments in another basis. The gradient's mean turns as a vector does. Its elements' variances turn as those
+    of independent ones, with squared coefficients, and E g^2 = Var g + (E g)^2, all of bias-corrected estimates.
+    """
+    if step == 0:
+        shape = turn(m, rotation, long_rotation).shape
+        return np.zeros(shape), np.zeros(shape)
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    mean, second = m / correction1, v / correction2
+    new_mean = turn(mean, rotation, long_rotation)
+    variance = turn(second - mean**2, rotation**2, None if long_rotation is None else long_rotation**2)
+    return new_mean * correction1, np.abs(variance + new_mean**2) * correction2
 
 
 def nearest_midpoint_codes(z: Array, values: Array) -> Array:

@@ -67,6 +67,7 @@ class Problem:
     options: AdamOptions
     side: str
     scale: float = 0.25
+    basis_scale: Tensor | None = None
 
     def solved(self, backend: str) -> tuple[Tensor, AdamState]:
         """The operation on copies."""
@@ -80,25 +81,33 @@ class Problem:
             side=self.side,
             scale=self.scale,
             long_basis=self.long_basis,
+            basis_scale=self.basis_scale,
             backend=backend,
         )
         return param, state
 
     def exact(self, *, rounded_direction: bool = True) -> tolerances.GaloreStep:
         """The oracle's answer and the bounds of float32's errors."""
+        quantized = self.basis_scale is not None
         return tolerances.galore_step(
             f64(self.param),
             f64(self.grad),
-            f64(self.basis),
+            oracle.basis_codes(self.basis.numpy(), self.rank) if quantized else f64(self.basis),
             None if self.long_basis is None else f64(self.long_basis),
             *moments(self.state),
             oracle_scalars(self.options, int(self.state.step) + 1),
             side=self.side,
             scale=self.scale,
             weight_dtype=self.param.dtype,
-            basis_dtype=self.basis.dtype,
+            factor_dtype=self.param.dtype if quantized else self.basis.dtype,
             rounds_direction=rounded_direction,
+            basis_scale=None if self.basis_scale is None else f64(self.basis_scale),
         )
+
+    @property
+    def rank(self) -> int:
+        """Of the basis, in which two 4-bit codes share a byte."""
+        return self.basis.shape[1] if self.basis_scale is None else len(self.basis_scale)
 
 
 def make_problem(

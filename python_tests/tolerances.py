@@ -115,25 +115,33 @@ def galore_step(
     side: str,
     scale: float,
     weight_dtype: torch.dtype,
-    basis_dtype: torch.dtype,
+    factor_dtype: torch.dtype,
     rounds_direction: bool,
+    basis_scale: Array | None = None,
 ) -> GaloreStep:
-    """The step in float64. ``rounds_direction``: to the basis' dtype, if that has 16 bits."""
-    rounds = rounds_direction and basis_dtype != torch.float32
+    """The step in float64.
+
+    ``rounds_direction``: to ``factor_dtype``, the basis' or for codes the weight's, if that has 16 bits.
+    ``basis_scale``: of the columns of ``basis``, which is codes.
+    """
+    rounds = rounds_direction and factor_dtype != torch.float32
     unscale = 1 / a.grad_scale
+    codes, scales = basis, np.ones(basis.shape[1]) if basis_scale is None else basis_scale
+    basis = codes * scales
     lowrank = oracle.project(g, basis, long_basis, side) * unscale
     m, v = oracle.adam_moments(lowrank, m, v, replace(a, grad_scale=1.0))
     direction = oracle.adam_direction(m, v, a)
     long_magnitudes = None if long_basis is None else np.abs(long_basis)
-    wide, wide_basis = direction, long_basis
-    if rounds:  # what is rounded is the factor beside the 16-bit basis
-        wide = direction if long_basis is None else long_basis @ direction
+    wide, wide_basis = direction * scales, long_basis
+    if rounds:  # what is rounded is the factor beside the basis
+        wide = wide if long_basis is None else long_basis @ wide
         # The unscaled direction m / (sqrt(v) + eps) is what an implementation rounds; the correction comes after.
         correction = (1 - a.beta1**a.step) / np.sqrt(1 - a.beta2**a.step)
-        wide, wide_basis = rounded(wide * correction, basis_dtype) / correction, None
-    change = oracle.back_project(wide, basis, wide_basis, side)
+        wide, wide_basis = rounded(wide * correction, factor_dtype) / correction, None
+    change = oracle.back_project(wide, codes, wide_basis, side)
     weight = oracle.descend(w, scale * change, a)
 
+    # The three are the gradient's scale twice and, of codes, the columns' scale.
     sums = (basis.shape[0] + (0 if long_basis is None else long_basis.shape[0]) + 3) * U32
     lowrank_bound = sums * oracle.project(np.abs(g), np.abs(basis), long_magnitudes, side) * unscale
     m_bound = (1 - a.beta1) * lowrank_bound + 5 * U32 * (np.abs(m) + np.abs(lowrank))
@@ -142,20 +150,46 @@ def galore_step(
     m_share = np.divide(m_bound, np.abs(m), out=np.zeros_like(m), where=m != 0)
     v_share = np.divide(v_bound, v, out=np.zeros_like(v), where=v != 0)
     # Where R is about 0, its sign is noise and the direction may take either.
-    wide_bound = np.abs(direction) * np.minimum(m_share + v_share / 2 + 4 * U32, 2.0)
+    wide_bound = np.abs(direction * scales) * np.minimum(m_share + v_share / 2 + 5 * U32, 2.0)
     if rounds:
         if long_magnitudes is not None:
             inner = (long_magnitudes.shape[1] + 1) * U32
             wide_bound = long_magnitudes @ (wide_bound + inner * np.abs(direction))
             long_magnitudes = None
-        # Some errors carry the direction across a rounding boundary, one unit of the basis' dtype further.
-        wide_bound = wide_bound + ulp(wide, basis_dtype)
+        # Some errors carry the direction across a rounding boundary, one unit of its dtype further.
+        wide_bound = wide_bound + ulp(wide, factor_dtype)
     sums = (basis.shape[1] + (0 if long_basis is None else long_basis.shape[1]) + 3) * U32
-    change_bound = oracle.back_project(wide_bound + sums * np.abs(wide), np.abs(basis), long_magnitudes, side)
+    change_bound = oracle.back_project(wide_bound + sums * np.abs(wide), np.abs(codes), long_magnitudes, side)
     weight_bound = a.lr * abs(scale) * change_bound + 3 * U32 * (np.abs(w) + np.abs(weight))
     if weight_dtype != torch.float32:
         weight_bound = weight_bound + rounding_of(weight, weight_dtype)
     return GaloreStep(m, v, weight, m_bound, v_bound, weight_bound)
+
+
+@dataclass(frozen=True)
+class TurnedMoments:
+    """Exact moments in another basis, and the bounds of a float32 computation's errors, to first order in u."""
+
+    m: Array
+    v: Array
+    m_bound: Array
+    v_bound: Array
+
+
+def rotate_moments(
+    m: Array, v: Array, rotation: Array, long_rotation: Array | None, beta1: float, beta2: float, step: int
+) -> TurnedMoments:
+    """From moments that may be decoded, which rounds them once more. Sums err as in ``galore_step``."""
+    exact_m, exact_v = oracle.rotate_moments(m, v, rotation, long_rotation, beta1, beta2, step)
+    c = (1 - beta2**step) / (1 - beta1**step) ** 2 if step else 0.0
+    magnitudes, long_magnitudes = np.abs(rotation), None if long_rotation is None else np.abs(long_rotation)
+    squares, long_squares = rotation**2, None if long_rotation is None else long_rotation**2
+    sums = (m.shape[1] + (0 if long_rotation is None else m.shape[0])) * U32
+    m_bound = (sums + U32) * oracle.turn(np.abs(m), magnitudes, long_magnitudes)
+    # v - c m*m: v once and m twice, c, the square, the product and the difference; each T*T once.
+    variance_bound = (sums + 8 * U32) * oracle.turn(v + c * m**2, squares, long_squares)
+    square_bound = c * ((2 * np.abs(exact_m) + m_bound) * m_bound + 4 * U32 * exact_m**2)
+    return TurnedMoments(exact_m, exact_v, m_bound, variance_bound + square_bound + U32 * exact_v)
 
 
 #: Share of a run's change of weights, in Frobenius norm, by which two float32 runs of equal mathematics may part when

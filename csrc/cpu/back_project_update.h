@@ -104,38 +104,57 @@ static void update_region(W* weight, index_t ld, const PackedOperand& a, const P
     }
 }
 
-template <class Units, class W, class B>
-static void back_project_update_as(const Weight& weight, const Projection& p, const float* update,
+// Packs `count` rows of the basis from row `first` on as a panel of `width` columns.
+template <class Units, class B>
+static void pack_basis_rows(const Projection& p, index_t first, index_t count, index_t width, float* out) {
+    const index_t ld = row_length<B>(p.rank);
+    const B* rows = static_cast<const B*>(p.basis) + first * ld;
+    pack_rows<Units>([&](index_t j, index_t k, index_t n,
+                         float* units) { units_along<Units>(at_column(rows + j * ld, k), n, units); },
+                     p.rank, count, width, out);
+}
+
+// The same of the update's rows, times the basis' scales and rounded to T.
+template <class Units, class T>
+static void pack_update_rows(const Projection& p, const float* rows, index_t count, index_t width, float* out) {
+    pack_rows<Units>(
+        [&](index_t j, index_t k, index_t n, float* units) {
+            const float* row = rows + j * p.rank + k;
+            float scaled[kCodesAtOnce];
+            if (p.basis_scale != nullptr) {
+                for_lanes(n, [&](index_t i, auto lanes) {
+                    using F = decltype(lanes);
+                    store_as(scaled + i, load_as<F>(row + i) * load_as<F>(p.basis_scale + k + i));
+                });
+                row = scaled;
+            }
+            rounded_units_along<Units, T>(row, n, units);
+        },
+        p.rank, count, width, out);
+}
+
+struct Packing {
+    void (*basis_rows)(const Projection& p, index_t first, index_t count, index_t width, float* out);
+    void (*update_rows)(const Projection& p, const float* rows, index_t count, index_t width, float* out);
+};
+
+template <class Units, class W>
+static void back_project_update_as(const Weight& weight, const Projection& p, const Packing& pack, const float* update,
                                    const AdamCoefficients& c, float* workspace, int threads) {
     const index_t long_size = p.long_size(), short_size = p.short_size(), rank = p.rank;
     if (long_size == 0 || short_size == 0) return;
     const index_t depth = units_deep<Units>(rank);
     const bool right = p.side == Side::right;
-    const auto* basis = static_cast<const B*>(p.basis);
     auto* w = static_cast<W*>(weight.data);
     const index_t basis_tile = right ? kTileColumns : kTileRows;
     const index_t update_tile = right ? kTileRows : kTileColumns;
     const index_t panel = update_panel(rank, update_tile, kTilesPerPanel * update_tile);
 
-    // Panel of `width` columns from up to `tile` rows of the basis, or of the update.
-    const auto pack_basis = [&](index_t first, index_t count, index_t width, float* out) {
-        pack_rows<Units>([&](index_t j, index_t k, index_t n,
-                             float* units) { units_along<Units>(basis + (first + j) * rank + k, n, units); },
-                         rank, count, width, out);
-    };
-    const auto pack_update = [&](index_t first, index_t count, index_t width, float* out) {
-        pack_rows<Units>(
-            [&](index_t j, index_t k, index_t n, float* units) {
-                rounded_units_along<Units, B>(update + (first + j) * rank + k, n, units);
-            },
-            rank, count, width, out);
-    };
-
     const index_t padded_basis = right ? padded_columns(short_size) : ceil_div(short_size, kTileRows) * kTileRows;
     for_each_task(ceil_div(short_size, basis_tile), threads, [&](index_t task, int) {
         const index_t first = task * basis_tile;
-        pack_basis(first, at_most(basis_tile, short_size - first), at_most(basis_tile, padded_basis - first),
-                   workspace + first * depth);
+        pack.basis_rows(p, first, at_most(basis_tile, short_size - first), at_most(basis_tile, padded_basis - first),
+                        workspace + first * depth);
     });
 
     float* own_operands = workspace + whole_lines(padded_basis * depth);
@@ -145,7 +164,7 @@ static void back_project_update_as(const Weight& weight, const Projection& p, co
         float* own = own_operands + slot * own_size;
         for (index_t j = 0; j < count; j += update_tile) {
             const index_t width = right ? update_tile : at_most(update_tile, padded_columns(count) - j);
-            pack_update(first + j, at_most(update_tile, count - j), width, own + j * depth);
+            pack.update_rows(p, update + (first + j) * rank, at_most(update_tile, count - j), width, own + j * depth);
         }
         const PackedOperand of_update{own, first, count};
         const PackedOperand of_basis{workspace, 0, short_size};
@@ -160,11 +179,13 @@ static void back_project_update_as(const Weight& weight, const Projection& p, co
 static void back_project_update(const Weight& weight, const Projection& p, const float* update,
                                 const AdamCoefficients& c, void* workspace, int threads) {
     with_dtype(weight.dtype, [&](auto weight_element) {
-        with_dtype(p.basis_dtype, [&](auto basis_element) {
+        with_basis_dtype(p.basis_dtype, [&](auto basis_element) {
             using W = decltype(weight_element);
             using B = decltype(basis_element);
-            using Units = typename UnitsFor<std::is_same_v<B, Bf16>>::type;
-            back_project_update_as<Units, W, B>(weight, p, update, c, first_line(workspace), threads);
+            using Factor = std::conditional_t<kIsCodes<B>, W, B>;  // what the update is rounded to
+            using Units = typename UnitsFor<std::is_same_v<Factor, Bf16>>::type;
+            const Packing pack{pack_basis_rows<Units, B>, pack_update_rows<Units, Factor>};
+            back_project_update_as<Units, W>(weight, p, pack, update, c, first_line(workspace), threads);
         });
     });
 }

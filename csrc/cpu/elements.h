@@ -16,7 +16,32 @@ struct Fp16 {
     std::uint16_t bits;
 };
 
-// Calls f with a value of the element type that dtype names.
+// Codes of a quantized basis, in two's complement: one, or an even column's in the low half and the next one's above.
+struct Int8 {
+    std::int8_t code;
+};
+struct Int4Pair {
+    std::uint8_t codes;
+};
+
+template <class T>
+constexpr bool kIsCodes = std::is_same_v<T, Int8> || std::is_same_v<T, Int4Pair>;
+
+// Types whose every value is a bf16 number too.
+template <class T>
+constexpr bool kExactInBf16 = kIsCodes<T> || std::is_same_v<T, Bf16>;
+
+// Elements that a row of `columns` takes, and its element at an even column.
+template <class T>
+static inline index_t row_length(index_t columns) {
+    return std::is_same_v<T, Int4Pair> ? (columns + 1) / 2 : columns;
+}
+template <class T>
+static inline const T* at_column(const T* row, index_t column) {
+    return row + (std::is_same_v<T, Int4Pair> ? column / 2 : column);
+}
+
+// Calls f with a value of the element type that dtype names: a weight's or gradient's, or a basis' of any kind.
 template <class F>
 static auto with_dtype(DType dtype, const F& f) {
     switch (dtype) {
@@ -26,6 +51,18 @@ static auto with_dtype(DType dtype, const F& f) {
             return f(Fp16{});
         default:
             return f(float{});
+    }
+}
+
+template <class F>
+static auto with_basis_dtype(DType dtype, const F& f) {
+    switch (dtype) {
+        case DType::int8:
+            return f(Int8{});
+        case DType::int4:
+            return f(Int4Pair{});
+        default:
+            return with_dtype(dtype, f);
     }
 }
 
@@ -83,10 +120,28 @@ template <class F>
     }
 }
 
+static inline void unpack_codes(const Int4Pair* source, index_t n, Int8* __restrict out) {
+    const auto low = [](std::uint8_t codes) { return Int8{static_cast<std::int8_t>(((codes & 15) ^ 8) - 8)}; };
+    for (index_t i = 0; i < n / 2; ++i) {
+        out[2 * i] = low(source[i].codes);
+        out[2 * i + 1] = low(static_cast<std::uint8_t>(source[i].codes >> 4));
+    }
+    if (n % 2 == 1) out[n - 1] = low(source[n / 2].codes);
+}
+
+// A row of n columns as fp32; of Int4Pair at most kCodesAtOnce.
+constexpr index_t kCodesAtOnce = 128;
+
 template <class T>
 [[gnu::always_inline]] static inline void load_row(const T* source, index_t n, float* __restrict out) {
     if constexpr (std::is_same_v<T, float>) {
         std::memcpy(out, source, static_cast<std::size_t>(n) * sizeof(float));
+    } else if constexpr (std::is_same_v<T, Int8>) {
+        for (index_t i = 0; i < n; ++i) out[i] = static_cast<float>(source[i].code);
+    } else if constexpr (std::is_same_v<T, Int4Pair>) {
+        Int8 codes[kCodesAtOnce];
+        unpack_codes(source, n, codes);
+        load_row(codes, n, out);
     } else {
         for_lanes(n, [&](index_t i, auto lanes) { store_as(out + i, load_as<decltype(lanes)>(source + i)); });
     }

@@ -11,6 +11,7 @@
 #include "adam_update.h"
 #include "back_project_update.h"
 #include "project.h"
+#include "rotate_moments.h"
 
 #define GK_STRING_OF(name) #name
 #define GK_STRING(name) GK_STRING_OF(name)
@@ -35,7 +36,17 @@ static void random_bits(std::uint64_t seed, std::uint64_t stream, index_t n, std
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {GK_STRING(GK_ISA), quantize_blockwise, dequantize_blockwise, all_representable, adam_update,
-                         project,           lowrank_adam,       back_project_update,  workspace_bytes,   random_bits};
+const Kernels kernels = {GK_STRING(GK_ISA),
+                         quantize_blockwise,
+                         dequantize_blockwise,
+                         all_representable,
+                         adam_update,
+                         project,
+                         lowrank_adam,
+                         back_project_update,
+                         workspace_bytes,
+                         rotate_moments,
+                         rotate_workspace_bytes,
+                         random_bits};
 
 }  // namespace gk::cpu::GK_ISA

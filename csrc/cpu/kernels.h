@@ -38,9 +38,18 @@ struct Projection {
     const void* basis;  // (short, rank)
     DType basis_dtype;
     index_t rank;
+    const float* basis_scale;  // (rank) where the basis is codes, else null
 
     index_t short_size() const { return side == Side::right ? cols : rows; }
     index_t long_size() const { return side == Side::right ? rows : cols; }
+};
+
+// Moments (rows, rank) turned by a matrix (rank, new_rank).
+struct Rotation {
+    index_t rows;
+    const float* matrix;
+    index_t rank;
+    index_t new_rank;
 };
 
 struct Kernels {
@@ -60,6 +69,10 @@ struct Kernels {
     void (*back_project_update)(const Weight& weight, const Projection& projection, const float* update,
                                 const AdamCoefficients& coefficients, void* workspace, int threads);
     index_t (*workspace_bytes)(index_t short_size, index_t rank, int threads);
+    // Writes every element of target's moments, which are quantized if source's are.
+    void (*rotate_moments)(const Moments& source, const Moments& target, const Rotation& rotation, float c,
+                           void* workspace, int threads);
+    index_t (*rotate_workspace_bytes)(const Rotation& rotation, int threads);
     void (*random_bits)(std::uint64_t seed, std::uint64_t stream, index_t n, std::uint16_t* out);
 };
 

@@ -18,19 +18,36 @@ static inline float* first_line(void* workspace) {
 
 static inline index_t whole_lines(index_t floats) { return ceil_div(floats, kLineFloats) * kLineFloats; }
 
-// n elements that lie along the summed dimension, as units.
+[[gnu::always_inline]] static inline std::uint32_t bf16_bits(Bf16 x) { return x.bits; }
+[[gnu::always_inline]] static inline std::uint32_t bf16_bits(Int8 x) {
+    return float_bits(static_cast<float>(x.code)) >> 16;
+}
+
+template <class T>
+[[gnu::always_inline]] static inline float bf16_pair(T first, T second) {
+    return bits_float(bf16_bits(second) << 16 | bf16_bits(first));
+}
+
+// n elements that lie along the summed dimension, as units; of Int4Pair at most kCodesAtOnce.
 template <class Units, class T>
 [[gnu::always_inline]] static inline void units_along(const T* source, index_t n, float* __restrict out) {
     if constexpr (Units::kDepth == 1) {
         load_row(source, n, out);
+    } else if constexpr (std::is_same_v<T, Int8>) {
+        for (index_t i = 0; i < n / 2; ++i) out[i] = bf16_pair(source[2 * i], source[2 * i + 1]);
+        if (n % 2 == 1) out[n / 2] = bf16_pair(source[n - 1], Int8{0});
+    } else if constexpr (std::is_same_v<T, Int4Pair>) {
+        Int8 codes[kCodesAtOnce];
+        unpack_codes(source, n, codes);
+        units_along<Units>(codes, n, out);
     } else {
         std::memcpy(out, source, static_cast<std::size_t>(n) * sizeof(T));
         if (n % 2 == 1) std::memset(reinterpret_cast<T*>(out) + n, 0, sizeof(T));
     }
 }
 
-// The same for fp32 numbers that are first rounded to the basis' type T (the low-rank update: matrix
-// units take both operands in one type).
+// The same for fp32 numbers that are first rounded to T (the low-rank update: matrix units take both operands in one
+// type).
 template <class Units, class T>
 [[gnu::always_inline]] static inline void rounded_units_along(const float* source, index_t n, float* __restrict out) {
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -77,20 +94,23 @@ class RegionPrefetch {
     index_t line_ = 0;  // within the row
 };
 
-// One unit row of a panel: `count` columns of one element row, or of a pair of rows (next null: the pair's second
-// half is zero).
+// One unit row of a panel: `count` <= kCodesAtOnce columns of one element row, or of a pair of rows (next null: the
+// pair's second half is zero).
 template <class Units, class T>
 [[gnu::always_inline]] static inline void interleave_row(const T* row, const T* next, index_t count,
                                                          float* __restrict out) {
     if constexpr (Units::kDepth == 1) {
         (void)next;
         load_row(row, count, out);
+    } else if constexpr (std::is_same_v<T, Int4Pair>) {
+        Int8 codes[kCodesAtOnce], next_codes[kCodesAtOnce];
+        unpack_codes(row, count, codes);
+        if (next != nullptr) unpack_codes(next, count, next_codes);
+        interleave_row<Units>(codes, next != nullptr ? next_codes : nullptr, count, out);
     } else if (next != nullptr) {
-        for (index_t j = 0; j < count; ++j) {
-            out[j] = bits_float(static_cast<std::uint32_t>(next[j].bits) << 16 | row[j].bits);
-        }
+        for (index_t j = 0; j < count; ++j) out[j] = bf16_pair(row[j], next[j]);
     } else {
-        for (index_t j = 0; j < count; ++j) out[j] = bits_float(row[j].bits);
+        for (index_t j = 0; j < count; ++j) out[j] = bf16_pair(row[j], T{});
     }
 }
 
@@ -106,11 +126,22 @@ static void pack_columns(const T* source, index_t ld, index_t elements, index_t 
         float* panel = out;
         index_t j = 0;
         for (; j + kWidth <= count; j += kWidth, panel += panel_stride) {  // a constant length, hence no call
-            interleave_row<Units>(row + j, next == nullptr ? next : next + j, kWidth, panel);
+            interleave_row<Units>(at_column(row, j), next == nullptr ? next : at_column(next, j), kWidth, panel);
         }
         if (j == count) continue;
-        interleave_row<Units>(row + j, next == nullptr ? next : next + j, count - j, panel);
+        interleave_row<Units>(at_column(row, j), next == nullptr ? next : at_column(next, j), count - j, panel);
         for (index_t i = count - j; i < kWidth; ++i) panel[i] = 0.0f;
+    }
+}
+
+// A whole operand of contiguous rows: panels of kTileColumns, the last one narrower by whole vectors.
+template <class Units, class T>
+static void pack_panels(const T* source, index_t columns, index_t elements, float* __restrict out) {
+    const index_t ld = row_length<T>(columns), depth = units_deep<Units>(elements);
+    const index_t padded = padded_columns(columns), narrow = padded % kTileColumns, wide = padded - narrow;
+    pack_columns<Units, kTileColumns>(source, ld, elements, at_most(wide, columns), kTileColumns * depth, out);
+    if (narrow != 0) {
+        pack_columns<Units, kLanes>(at_column(source, wide), ld, elements, columns - wide, 0, out + wide * depth);
     }
 }
 
@@ -118,6 +149,7 @@ static void pack_columns(const T* source, index_t ld, index_t elements, index_t 
 template <class Units, class ReadRow>
 static void pack_rows(const ReadRow& read_row, index_t elements, index_t count, index_t width, float* __restrict out) {
     constexpr index_t kChunk = 64;  // units; a chunk of all rows stays in the first-level cache
+    static_assert(kChunk * Units::kDepth <= kCodesAtOnce);
     float rows[kTileColumns][kChunk];
     for (index_t k = 0; k < elements; k += kChunk * Units::kDepth) {
         const index_t n = at_most(kChunk * Units::kDepth, elements - k);

@@ -17,29 +17,36 @@ constexpr index_t kProjectDepth = 256;
 constexpr index_t kProjectTiles = 8;
 constexpr index_t kProjectRows = kProjectTiles * kTileRows;
 
-// A tile's sums, `width` apart, into its rows of R: set by the first block of the sum, added to by the others, and
-// scaled by the last.
-[[gnu::always_inline]] static inline void store_lowrank_row(float* out, const float* sums, index_t n, bool first,
-                                                            bool last, float scale) {
+// What becomes of a tile's sums: set by the first block of the sum, added to by the others, and scaled by the last.
+struct SumStore {
+    bool first;
+    bool last;
+    float scale;
+    const float* column_scale;  // of the tile's columns, or null
+};
+
+[[gnu::always_inline]] static inline void store_lowrank_row(float* out, const float* sums, index_t n,
+                                                            const SumStore& how) {
     for_lanes(n, [&](index_t i, auto lanes) {
         using F = decltype(lanes);
         F sum = load_as<F>(sums + i);
-        if (!first) sum += load_as<F>(out + i);
-        if (last) sum *= scale;
+        if (!how.first) sum += load_as<F>(out + i);
+        if (how.last && how.column_scale != nullptr) sum *= load_as<F>(how.column_scale + i);
+        if (how.last) sum *= how.scale;
         store_as(out + i, sum);
     });
 }
 
+// A tile's sums, `width` apart, into its rows of R.
 [[gnu::noinline]] static void store_lowrank_tile(float* out, index_t rank, index_t rows, index_t columns,
-                                                 const float* sums, index_t width, bool first, bool last, float scale) {
+                                                 const float* sums, index_t width, const SumStore& store) {
+    const SumStore how = store;     // a copy: no store can change it
     if (columns == kTileColumns) {  // almost always: a length that the compiler knows
         for (index_t i = 0; i < rows; ++i) {
-            store_lowrank_row(out + i * rank, sums + i * kTileColumns, kTileColumns, first, last, scale);
+            store_lowrank_row(out + i * rank, sums + i * kTileColumns, kTileColumns, how);
         }
     } else {
-        for (index_t i = 0; i < rows; ++i) {
-            store_lowrank_row(out + i * rank, sums + i * width, columns, first, last, scale);
-        }
+        for (index_t i = 0; i < rows; ++i) store_lowrank_row(out + i * rank, sums + i * width, columns, how);
     }
 }
 
@@ -78,8 +85,16 @@ static RegionPrefetch next_region(const G* grad, const Projection& p, index_t ta
                : RegionPrefetch(grad + first * p.cols + row, rows * kSize, p.cols * kSize, elements, steps);
 }
 
-template <class Units, class G, class B, Side kSide>
-static bool project_as(const G* grad, const B* basis, const Projection& p, float scale, float* lowrank,
+// Packs `elements` rows of the basis from row `first` on.
+using PackBasis = void (*)(const Projection& p, index_t first, index_t elements, float* out);
+
+template <class Units, class B>
+static void pack_basis(const Projection& p, index_t first, index_t elements, float* out) {
+    pack_panels<Units>(static_cast<const B*>(p.basis) + first * row_length<B>(p.rank), p.rank, elements, out);
+}
+
+template <class Units, class G, Side kSide>
+static bool project_as(const G* grad, const Projection& p, PackBasis pack, float scale, float* lowrank,
                        float* workspace, int threads) {
     const index_t long_size = p.long_size(), short_size = p.short_size(), rank = p.rank;
     if (long_size == 0) return true;
@@ -95,15 +110,7 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
 
     for_each_task(blocks, threads, [&](index_t block, int) {
         const index_t first = block * kBlock, elements = at_most(kBlock, short_size - first);
-        float* out = packed_basis + block * kProjectDepth * padded_rank;
-        const index_t depth = units_deep<Units>(elements), narrow = padded_rank % kTileColumns;
-        const index_t wide = padded_rank - narrow;
-        pack_columns<Units, kTileColumns>(basis + first * rank, rank, elements, at_most(wide, rank),
-                                          kTileColumns * depth, out);
-        if (narrow != 0) {
-            pack_columns<Units, kLanes>(basis + first * rank + wide, rank, elements, rank - wide, 0,
-                                        out + wide * depth);
-        }
+        pack(p, first, elements, packed_basis + block * kProjectDepth * padded_rank);
     });
 
     std::atomic<bool> representable{true};
@@ -115,7 +122,6 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
         for (index_t block = 0; block < blocks; ++block) {
             const index_t first = block * kBlock, elements = at_most(kBlock, short_size - first);
             const index_t depth = units_deep<Units>(elements);
-            const bool last_block = block == blocks - 1;
             pack_gradient<Units, kSide>(grad, p, first_row, rows, first, elements, tiles);
             const index_t steps = ceil_div(rows, kTileRows) * ceil_div(rank, kTileColumns);
             RegionPrefetch ahead = next_region<kSide>(grad, p, task, block, blocks, kBlock, threads, steps);
@@ -123,6 +129,8 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
             for (index_t column = 0; column < rank; column += kTileColumns) {
                 const index_t width = at_most(kTileColumns, padded_rank - column);
                 const index_t columns = at_most(width, rank - column);
+                const float* column_scale = p.basis_scale == nullptr ? nullptr : p.basis_scale + column;
+                const SumStore store{block == 0, block == blocks - 1, scale, column_scale};
                 for (index_t row = 0; row < rows; row += kTileRows) {
                     alignas(64) float sums[kTileRows * kTileColumns];
                     const float* tile = tiles + row * kProjectDepth;
@@ -133,8 +141,7 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
                         multiply_tile<Units, 1, kRowStride, kStepStride>(tile, panel, depth, sums);
                     }
                     store_lowrank_tile(lowrank + (first_row + row) * rank + column, rank,
-                                       at_most(kTileRows, rows - row), columns, sums, width, block == 0, last_block,
-                                       scale);
+                                       at_most(kTileRows, rows - row), columns, sums, width, store);
                 }
                 panel += width * depth;
             }
@@ -148,14 +155,14 @@ static bool project_as(const G* grad, const B* basis, const Projection& p, float
 static bool project(const void* grad, DType grad_dtype, const Projection& p, float scale, float* lowrank,
                     void* workspace, int threads) {
     return with_dtype(grad_dtype, [&](auto grad_element) {
-        return with_dtype(p.basis_dtype, [&](auto basis_element) {
+        return with_basis_dtype(p.basis_dtype, [&](auto basis_element) {
             using G = decltype(grad_element);
             using B = decltype(basis_element);
-            using Units = typename UnitsFor<std::is_same_v<G, Bf16> && std::is_same_v<B, Bf16>>::type;
+            using Units = typename UnitsFor<std::is_same_v<G, Bf16> && kExactInBf16<B>>::type;
             const auto run =
-                p.side == Side::right ? project_as<Units, G, B, Side::right> : project_as<Units, G, B, Side::left>;
-            return run(static_cast<const G*>(grad), static_cast<const B*>(p.basis), p, scale, lowrank,
-                       first_line(workspace), threads);
+                p.side == Side::right ? project_as<Units, G, Side::right> : project_as<Units, G, Side::left>;
+            return run(static_cast<const G*>(grad), p, pack_basis<Units, B>, scale, lowrank, first_line(workspace),
+                       threads);
         });
     });
 }

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
+from galore_kernels.backends import reference
+from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES
 from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SIDE_CODES = {"right": 0, "left": 1}
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -26,7 +26,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _typed(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype]
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
 
 
 def _inverse_grad_scale(options: AdamOptions) -> float:
@@ -114,21 +114,20 @@ def galore_update(
     side: str,
     scale: float,
 ) -> None:
-    if basis_scale is not None:
-        raise NotImplementedError("quantized bases")
     if _found_inf(options):
         return
     grad, threads = grad.contiguous(), torch.get_num_threads()
     rows, cols = param.shape
-    rank = basis.shape[1]
+    rank = _rank(basis, basis_scale)
     lowrank = torch.empty((long_short((rows, cols), side)[0], rank), dtype=torch.float32)
     workspace = _workspace(rows, cols, rank, side, threads)
     representable = _native.project(
         *_typed(grad),
         rows,
         cols,
-        _SIDE_CODES[side],
+        SIDE_CODES[side],
         *_typed(basis),
+        _address(basis_scale),
         rank,
         _address(lowrank),
         inv_grad_scale=_inverse_grad_scale(options),
@@ -156,13 +155,11 @@ def lowrank_update(
     side: str,
     scale: float,
 ) -> None:
-    if basis_scale is not None:
-        raise NotImplementedError("quantized bases")
     if _found_inf(options):
         return
     threads = torch.get_num_threads()
     rows, cols = param.shape
-    workspace = _workspace(rows, cols, basis.shape[1], side, threads)
+    workspace = _workspace(rows, cols, _rank(basis, basis_scale), side, threads)
     lowrank = lowrank_grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     inv_grad_scale = _inverse_grad_scale(options)
     if inv_grad_scale != 1.0:
@@ -173,8 +170,13 @@ def lowrank_update(
     _update_weight(param, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads)
 
 
+def _rank(basis: Tensor, basis_scale: Tensor | None) -> int:
+    # Two 4-bit codes share a column of the tensor.
+    return basis.shape[1] if basis_scale is None else basis_scale.shape[0]
+
+
 def _workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
-    size = _native.workspace_bytes(rows, cols, rank, _SIDE_CODES[side], threads)
+    size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads)
     return torch.empty(size, dtype=torch.uint8)
 
 
@@ -211,10 +213,11 @@ def _update_weight(
         *_typed(weight),
         rows,
         cols,
-        _SIDE_CODES[side],
+        SIDE_CODES[side],
         _address(direction),
         *_typed(basis),
-        basis.shape[1],
+        _address(basis_scale),
+        _rank(basis, basis_scale),
         scale=scale,
         **scalars,
         rounding_seed=options.rounding_seed,
@@ -222,6 +225,30 @@ def _update_weight(
         threads=threads,
     )
     _finish(param, weight, state)
+
+
+def rotate_moments(
+    source: AdamState, target: AdamState, rotation: Tensor, long_rotation: Tensor | None, beta1: float, beta2: float
+) -> None:
+    if long_rotation is not None:  # both sides projected: r x r moments, once in a refresh
+        reference.rotate_moments(source, target, rotation, long_rotation, beta1, beta2)
+        return
+    threads = torch.get_num_threads()
+    rank, new_rank = rotation.shape
+    workspace = torch.empty(_native.rotate_workspace_bytes(rank, new_rank, threads), dtype=torch.uint8)
+    _native.rotate_moments(
+        source.exp_avg.shape[0],
+        _address(rotation),
+        rank,
+        new_rank,
+        *_moments(source),
+        *_moments(target),
+        beta1=beta1,
+        beta2=beta2,
+        step=int(source.step),
+        workspace=_address(workspace),
+        threads=threads,
+    )
 
 
 def _refuses(device: torch.device) -> str | None:
@@ -237,6 +264,7 @@ register(
             "adam8bit_update": adam8bit_update,
             "galore_update": galore_update,
             "lowrank_update": lowrank_update,
+            "rotate_moments": rotate_moments,
         },
         refuses=_refuses,
         describe=_native.build_info,
