@@ -20,7 +20,6 @@ from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
 
 
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
+from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.options import check_group, check_param
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 from galore_kernels.optim.step import SteppingOptimizer
@@ -27,7 +28,8 @@ class GaLoreAdam(SteppingOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        rank: int | None = 128,
+        rank: int | str | None = 128,
+        rank_budget: int | None = None,
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
@@ -53,6 +55,8 @@ class GaLoreAdam(SteppingOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": rank,
+            "rank_budget": rank_budget,
+            "ranks": None,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,
@@ -102,6 +106,9 @@ class GaLoreAdam(SteppingOptimizer):
         self._check_new_params(group["params"], where)
         first = f' ("{_entry_name(group["params"][0])}")' if group["params"] and _entry_name(group["params"][0]) else ""
         check_group({**self.defaults, **group}, where + first)
+        if undecided({**self.defaults, **group}):
+            params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+            check_budget({**self.defaults, **group, "params": params}, self._layout)
         super().add_param_group(group)
 
     def _check_new_params(self, entries: list[Any], where: str) -> None:
@@ -154,11 +161,16 @@ class GaLoreAdam(SteppingOptimizer):
     def state_bytes(self) -> int:
         """Bytes of optimizer state: what is held, and for parameters without a step yet, what will be.
 
+        Before ``rank="auto"`` has been decided, its budget counts, which is an upper bound.
         Nothing is allocated; parameters may be on the meta device.
         """
         total = 0
+        for group in filter(undecided, self.param_groups):
+            total += group["rank_budget"]
         for _, _, param, group in self._named_params():
             state = self.state.get(param)
+            if undecided(group) and self._layout(param, group).rank is not None:
+                continue
             if not state and param.numel() == 0:
                 continue  # it never takes a step
             if not state:

@@ -23,7 +23,10 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
         betas: decay rates of the moments, in [0, 1).
         eps: added to sqrt(v) before bias correction, as galore_torch does; >= 0.
         weight_decay: decoupled decay, ``lr * weight_decay * w`` after the update; >= 0.
-        rank: r >= 1, or None for full rank.
+        rank: r >= 1, or None for full rank, or "auto": at the first step a multiple of 16 for each matrix of the
+            group, larger where the gradient's energy is spread over more directions; fixed from then on. A first step
+            with gradients that aren't finite leaves the group's matrices as they are.
+        rank_budget: with rank="auto", the bytes of state (moments, absmax, bases) that a group's matrices may take.
         update_proj_gap: steps T between refreshes of the subspace, >= 1.
         scale: GaLore's alpha, > 0.
         proj_type: "std" projects the smaller dimension, "reverse_std" the larger, "left" rows, "right" columns,

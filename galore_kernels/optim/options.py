@@ -19,10 +19,14 @@ from galore_kernels.quantizers import BASIS_FORMATS
 from galore_kernels.subspace import (
     MOMENTS_ON_REFRESH,
     PROJ_TYPES,
+    RANK_MULTIPLE,
     REFRESH_METHODS,
     REFRESH_SCHEDULES,
     projection_side,
 )
+
+#: The ``rank`` that is chosen for each matrix at the first step.
+AUTO = "auto"
 
 #: Options that decide the shape of the state; a checkpoint must have been made with the same ones.
 STRUCTURAL = ("rank", "proj_type", "project_nd", "basis_format")
@@ -35,6 +39,8 @@ KNOWN = (
     "eps",
     "weight_decay",
     "rank",
+    "rank_budget",
+    "ranks",
     "update_proj_gap",
     "scale",
     "proj_type",
@@ -123,8 +129,15 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         ):
             raise ValueError(f'unknown key "{key}" in {where}: did you mean "{close[0]}"?')
     check_scheduled(group, where)
-    if group["rank"] is not None:
-        _expect_count(where, group, "rank", "rank=None keeps the group at full rank")
+    if group["rank"] == AUTO:
+        _expect_count(where, group, "rank_budget", 'rank="auto" divides so many bytes of state among the matrices')
+    elif group["rank"] is not None:
+        _expect_count(where, group, "rank", 'rank=None keeps the group at full rank, "auto" chooses')
+        budget = group["rank_budget"]
+        _expect(where, "rank_budget", budget, budget is None, 'None unless rank="auto"', "leave one of them out")
+    ranks, count = group["ranks"], len(group.get("params", ()))
+    whole = isinstance(ranks, (tuple, list)) and len(ranks) == count and all(type(rank) is int for rank in ranks)
+    _expect(where, "ranks", ranks, ranks is None or whole, "None, or a rank for each parameter", "leave it out")
     _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
     _expect_choice(where, group, "refresh_schedule", REFRESH_SCHEDULES)
     _expect_choice(where, group, "moments_on_refresh", MOMENTS_ON_REFRESH)
@@ -166,15 +179,25 @@ def projected_rank(param: Tensor, group: Mapping[str, Any]) -> int | None:
 
     Matrices (and, with ``project_nd``, tensors of more dimensions) are projected. Where the group itself named its
     rank, all of them are, the rank clamped to min(m, n) as galore_torch does; where it inherited the constructor's,
-    those with min(m, n) > rank.
+    those with min(m, n) > rank. With ``rank="auto"``, those with min(m, n) > 16.
     """
     rank = group["rank"]
     if rank is None or param.numel() == 0 or not (param.dim() == 2 or (param.dim() > 2 and group["project_nd"])):
         return None
     smaller = min(matrix_shape(param.shape))
+    if rank == AUTO:
+        return _chosen_rank(param, group) if smaller > RANK_MULTIPLE else None
     if group["rank_is_explicit"]:
         return min(int(rank), smaller)
     return int(rank) if smaller > rank else None
+
+
+def _chosen_rank(param: Tensor, group: Mapping[str, Any]) -> int:
+    """The rank that was chosen at the first step; before it, the least that can be."""
+    if group["ranks"] is None:
+        return RANK_MULTIPLE
+    rank: int = next(rank for rank, own in zip(group["ranks"], group["params"], strict=True) if own is param)
+    return rank
 
 
 def side_of(param: Tensor, group: Mapping[str, Any]) -> str:

@@ -53,7 +53,8 @@ def checked(
     if not belongs or set(checksums) != set(saved_state):
         raise ValueError("state_dict: its state does not belong to its param_groups; the checkpoint is damaged")
     state: dict[Tensor, dict[str, Any]] = {}
-    for saved_index, (_, name, param, group) in zip(indices, params, strict=True):
+    merged = [group for group in new_groups for _ in group["params"]]
+    for saved_index, (_, name, param, _), group in zip(indices, params, merged, strict=True):
         if saved_index not in saved_state:
             continue
         entry = saved_state[saved_index]
@@ -116,6 +117,7 @@ def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) ->
         options = {**new, **{key: _copied(value) for key, value in old.items()}}
         options.update({key: new[key] for key in ("params", "param_names", "rank_is_explicit") if key in new})
         options["betas"] = tuple(options["betas"])
+        options["ranks"] = None if options["ranks"] is None else tuple(options["ranks"])
         check_group(options, where)
         merged.append(options)
     return merged

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from galore_kernels.ops.adam import WEIGHT_DTYPES, AdamState
 from galore_kernels.ops.projection import long_short
-from galore_kernels.optim.options import matrix_shape, projected_rank, side_of
+from galore_kernels.optim.options import AUTO, matrix_shape, projected_rank, side_of
 from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis
 from galore_kernels.subspace import RefreshRecord
 
@@ -161,6 +161,13 @@ def _check_values(key: str, value: Tensor, where: str) -> None:
         raise ValueError(f"{where}: step is {float(value)}, expected a whole number; the state is damaged")
 
 
+def _describe_ranks(group: Mapping[str, Any], ranks: list[int]) -> str:
+    if group["rank"] != AUTO:
+        return f"rank {', '.join(map(str, ranks))}"
+    chosen = "chosen at the first step" if group["ranks"] is None else f"{ranks[0]} to {ranks[-1]}"
+    return f"ranks {chosen}, in {group['rank_budget']} bytes"
+
+
 def _describe_refresh(group: Mapping[str, Any]) -> str:
     parts = [f"refreshed every {group['update_proj_gap']} steps", group["refresh_method"]]
     if group["refresh_schedule"] != "periodic":
@@ -180,7 +187,7 @@ def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
     parts = []
     if projected:
         parts.append(
-            f"{projected} projected to rank {', '.join(map(str, ranks))} ({group['proj_type']}, scale "
+            f"{projected} projected to {_describe_ranks(group, ranks)} ({group['proj_type']}, scale "
             f"{float(group['scale']):g}, {_describe_refresh(group)})"
         )
     if projected < len(layouts):

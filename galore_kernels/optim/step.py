@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.optim import multi_tensor
+from galore_kernels.optim.auto_rank import chosen_ranks, undecided
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_lr, check_param, check_scheduled, matrix_shape
@@ -26,6 +27,9 @@ from galore_kernels.optim.skip_monitor import SkipMonitor
 from galore_kernels.optim.state import Layout, adam_state
 from galore_kernels.optim.update import Update
 from galore_kernels.subspace import phases
+
+#: Index over all groups, name for messages, parameter, group.
+NamedParam = tuple[int, str, Tensor, dict[str, Any]]
 
 _WRAPPERS = ("galore_kernels", "torch")
 
@@ -55,9 +59,10 @@ class SteppingOptimizer(Optimizer):
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
         self._pending = Pending()
+        # Steps of groups that were left out because their ranks couldn't be chosen.
+        self._put_off = 0
 
-    def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
-        """(index over all groups, name for messages, parameter, group)."""
+    def _named_params(self) -> Iterator[NamedParam]:
         index = 0
         for group_index, group in enumerate(self.param_groups):
             names = group.get("param_names")
@@ -177,7 +182,7 @@ class SteppingOptimizer(Optimizer):
             return self._options(group, device, unscaling, capture=capture)
 
         plan = Plan(updates, self.state, backends, options, self._counters, capturing=capture)
-        if plan.groups and not capture:
+        if plan.groups and not capture and not any(map(undecided, self.param_groups)):
             plan.rest_on(multi_tensor.observe(self.param_groups, self.state, grads), self.state)
             self._plan = plan
         return plan, grads, capture
@@ -188,17 +193,47 @@ class SteppingOptimizer(Optimizer):
     def _collect(self) -> list[Update]:
         for group_index, group in enumerate(self.param_groups):
             check_scheduled(group, f"param group {group_index}")
+        self._choose_ranks()
         everything = [(*entry, self._layout(*entry[2:])) for entry in self._named_params()]
         projected = [(index, param.numel()) for index, _, param, _, layout in everything if layout.rank is not None]
         phase = dict(zip([index for index, _ in projected], phases([size for _, size in projected]), strict=True))
         updates = []
         for index, name, param, group, layout in everything:
-            if param.grad is None or param.numel() == 0:
+            if param.grad is None or param.numel() == 0 or (undecided(group) and layout.rank is not None):
                 continue
             check_param(param, name)
             updates.append(Update(param, group, index, name, layout, phase.get(index, 0.0)))
             updates[-1].check(self.state.get(param))
         return updates
+
+    def _choose_ranks(self) -> None:
+        """Decides ``rank="auto"`` where it is undecided. A gradient that isn't finite puts it off: see ``_put_off``."""
+        for group, first, params in self._groups_with_first_index():
+            if not undecided(group) or all(param.grad is None for _, _, param, _ in params):
+                continue
+            for index, name, param, _ in params:
+                if param.grad is not None:
+                    check_param(param, name)
+                    Update(param, group, index, name, self._layout(param, group)).check(None)
+            group["ranks"] = chosen_ranks(group, self._layout, first)
+            if group["ranks"] is None:
+                self._put_off += 1
+                if self._put_off & (self._put_off - 1) == 0:  # as often as of skipped steps
+                    warnings.warn(
+                        f"{params[0][1]}: a gradient of its group is NaN or infinite, so that no ranks can be chosen; "
+                        f"the step of the group's matrices was skipped ({self._put_off} so far)",
+                        NonFiniteGradientWarning,
+                        stacklevel=_frames_to_caller(),
+                    )
+
+    def _groups_with_first_index(self) -> Iterator[tuple[dict[str, Any], int, list[NamedParam]]]:
+        """Each group, the index of its first parameter among all, and its parameters."""
+        named = list(self._named_params())
+        begin = 0
+        for group in self.param_groups:
+            end = begin + len(group["params"])
+            yield group, begin, named[begin:end]
+            begin = end
 
     def _resume_interrupted(self, grads: list[Tensor | None]) -> set[int]:
         """Parameters to leave out because an interrupted step with these very gradients has updated them."""

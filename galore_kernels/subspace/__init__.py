@@ -4,6 +4,7 @@ Everything here is plain PyTorch, imports nothing else of this package, and runs
 """
 
 from galore_kernels.subspace.precision import full_precision
+from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ranks
 from galore_kernels.subspace.refresh import REFRESH_METHODS, Subspace, find_subspace, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
@@ -11,12 +12,15 @@ from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 __all__ = [
     "MOMENTS_ON_REFRESH",
     "PROJ_TYPES",
+    "RANK_MULTIPLE",
     "REFRESH_METHODS",
     "REFRESH_SCHEDULES",
+    "RankChoices",
     "RefreshRecord",
     "Schedule",
     "Side",
     "Subspace",
+    "choose_ranks",
     "find_subspace",
     "full_precision",
     "phases",
