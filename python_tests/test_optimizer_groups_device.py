@@ -16,7 +16,7 @@ from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradi
 from galore_kernels.optim import multi_tensor, refresh, skip_monitor
 from galore_kernels.optim import options as options_module
 from galore_kernels.optim import step as step_module
-from galore_kernels.subspace import Subspace, find_subspace
+from galore_kernels.subspace import Subspace, find_subspaces
 
 
 @pytest.fixture(params=["host", "device"])
@@ -46,11 +46,11 @@ class RefreshSpy:
         self.seen: list[int] = []
         self.step = 0
 
-        def spy(*args: Any, **kwargs: Any) -> Subspace:
-            self.seen.append(self.step)
-            return find_subspace(*args, **kwargs)
+        def spy(grads: list[Tensor], *args: Any, **kwargs: Any) -> list[Subspace]:
+            self.seen += [self.step] * len(grads)
+            return find_subspaces(grads, *args, **kwargs)
 
-        monkeypatch.setattr(refresh, "find_subspace", spy)
+        monkeypatch.setattr(refresh, "find_subspaces", spy)
 
 
 @pytest.mark.parametrize("kind", ["constant", "scheduled", "of a device"])

@@ -16,7 +16,7 @@ from update_cases import assert_same_bits
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, ops
 from galore_kernels.optim import refresh
 from galore_kernels.optim.base import GaLoreAdam
-from galore_kernels.subspace import PROJ_TYPES, Subspace, find_subspace, projection_side, refresh_basis
+from galore_kernels.subspace import PROJ_TYPES, Subspace, find_subspaces, projection_side, refresh_basis
 
 MATRIX_SHAPES = [(40, 24), (24, 40)]  # tall, wide
 
@@ -166,11 +166,11 @@ class RefreshSpy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step = 0
         self.calls: list[tuple[int, int]] = []
-        monkeypatch.setattr(refresh, "find_subspace", self)
+        monkeypatch.setattr(refresh, "find_subspaces", self)
 
-    def __call__(self, grad: Tensor, rank: int, **options: Any) -> Subspace:
-        self.calls.append((self.step, options["seed"]))
-        return find_subspace(grad, rank, **options)
+    def __call__(self, grads: list[Tensor], rank: int, **options: Any) -> list[Subspace]:
+        self.calls += [(self.step, seed) for seed in options["seeds"]]
+        return find_subspaces(grads, rank, **options)
 
     def train(self, optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], grads: list[float]) -> list[int]:
         """Takes steps with gradients multiplied by ``grads``; returns the steps with a refresh."""

@@ -183,9 +183,7 @@ def quantized(state: AdamState) -> AdamState:
 def test_a_subspace_that_is_lost_takes_its_moments_along(backend: str) -> None:
     state = warm_state((30, 4), eight_bit=True)
     nothing = turned(state, torch.zeros(4, 6), backend)
-    assert_same_state(
-        replace(nothing, step=torch.zeros(())), AdamState.zeros((30, 6), eight_bit=True)
-    )
+    assert_same_state(replace(nothing, step=torch.zeros(())), AdamState.zeros((30, 6), eight_bit=True))
 
 
 # --- backends against the reference

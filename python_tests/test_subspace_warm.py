@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from spectra import DECAYING, energy_share, gradient
 from test_subspace_quality import assert_orthonormal
 from torch import Tensor
 
-from galore_kernels.subspace import find_subspace, krylov, refresh
-from galore_kernels.subspace.krylov import sparse_sign_sketch
+from galore_kernels.subspace import find_subspace, krylov, search
+from galore_kernels.subspace.krylov import sparse_sign_sketches
 from galore_kernels.subspace.orthonormal import orthonormalized
+from galore_kernels.subspace.products import Matrices
 
 SHAPE, RANK = (384, 192), 24
 
@@ -39,11 +42,11 @@ def test_a_warm_start_takes_two_products(monkeypatch: pytest.MonkeyPatch) -> Non
     before = find_subspace(grad, RANK)
     counts: list[int] = []
 
-    def spied(matrix: Tensor, right: Tensor, *, blocks: int, rank: int) -> tuple[Tensor, Tensor]:
+    def spied(matrices: Matrices, right: Tensor, blocks: int, *args: Any) -> tuple[Tensor, Tensor]:
         counts.append(blocks)
-        return krylov.leading_right_vectors(matrix, right, blocks, rank)
+        return krylov.leading_right_vectors(matrices, right, blocks, *args)
 
-    monkeypatch.setattr(refresh, "leading_right_vectors", spied)
+    monkeypatch.setattr(search, "leading_right_vectors", spied)
     assert not find_subspace(grad, RANK, previous=before.basis, captured=before.captured).cold
     assert counts == [1]  # of left vectors, of two products each
 
@@ -104,16 +107,26 @@ def test_nothing_found_captures_nothing() -> None:
 # ---------------------------------------------------------------------- the parts
 
 
+def sketch_of(matrix: Tensor, count: int, seed: int) -> Tensor:
+    (sketch,) = sparse_sign_sketches(Matrices([matrix], [1.0]), count, [torch.Generator().manual_seed(seed)])
+    return sketch
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["sparse", "dense"])  # as on a CPU, as elsewhere
 @pytest.mark.parametrize("count", [1, 7, 64, 100])
-def test_every_row_is_in_one_sum_of_the_sketch(count: int) -> None:
+def test_every_row_is_in_one_sum_of_the_sketch(count: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.randn(100, 30)
+    alone = sketch_of(noise, count, seed=1)
+    monkeypatch.setattr(krylov, "in_batches", lambda _: together)
+    torch.testing.assert_close(sketch_of(noise, count, seed=1), alone)  # the same sums of the same rows
     rows = torch.eye(100)
-    sketch = sparse_sign_sketch(rows, count, torch.Generator().manual_seed(1))
+    sketch = sketch_of(rows, count, seed=1)
     assert sketch.shape == (count, 100)
     assert torch.equal(sketch.abs().sum(dim=0), torch.ones(100))
     in_each = sketch.abs().sum(dim=1)
     assert in_each.max() - in_each.min() <= 1
     assert count == 100 or 20 < (sketch < 0).sum() < 80
-    other = sparse_sign_sketch(rows, count, torch.Generator().manual_seed(2))
+    other = sketch_of(rows, count, seed=2)
     assert not torch.equal(sketch, other)
 
 
@@ -123,7 +136,7 @@ def test_columns_of_any_length_and_condition_become_orthonormal() -> None:
     left, right = (torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q for _ in range(2))
     mixed = columns @ (left * torch.logspace(0, -2.5, 40)) @ right
     for scale in (torch.ones(40), torch.logspace(-15, 15, 40)):
-        found = orthonormalized((mixed * scale).float()).double()
+        (found,) = orthonormalized((mixed * scale).float()[None]).double()
         assert (found.T @ found - torch.eye(40)).abs().max() <= 1e-5
         for count in (1, 5, 40):  # each in the span of itself and those before it
             before = torch.linalg.qr(mixed[:, :count]).Q
@@ -136,7 +149,7 @@ def test_dependent_columns_leave_the_others_alone() -> None:
     columns[:, 3] = columns[:, 1] + columns[:, 2]
     columns[:, 4] = 0.0
     for passes in (1, 2):
-        found = orthonormalized(columns, passes=passes)
+        (found,) = orthonormalized(columns[None], passes=passes)
         assert bool(found.isfinite().all())
         assert torch.equal(found[:, 4], torch.zeros(200))
         independent = found[:, [0, 1, 2, 5]]
@@ -146,6 +159,6 @@ def test_dependent_columns_leave_the_others_alone() -> None:
 def test_a_gram_matrix_that_rounding_made_indefinite_is_factored() -> None:
     # A thousand equal columns: every Gram entry is 1, give or take rounding.
     columns = torch.rand(64, 1) * torch.ones(1, 1000)
-    found = orthonormalized(columns + 1e-6 * torch.rand(64, 1000), passes=2)
+    (found,) = orthonormalized((columns + 1e-6 * torch.rand(64, 1000))[None], passes=2)
     assert bool(found.isfinite().all())
     assert abs(float(found[:, 0].norm()) - 1) < 1e-2

@@ -3,58 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from galore_kernels.optim.refresh import find_bases
+from galore_kernels.optim.refresh import Found, find_bases
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import Subspace
 
-Found = dict[str, Subspace]
+Search = tuple[Found, torch.cuda.Event | None]
 
 
 class Pending:
     """Refreshes begun in one step and taken over at the beginning of the next: never in between, on any device.
 
-    On a GPU the search runs on a stream of its own, beside the forward and backward pass that follow. On the CPU,
-    which has no time to spare, it runs at once, to the same effect.
+    On a GPU the search runs on a stream and in a thread of its own (it reads numbers back, for which a host waits),
+    beside the forward and backward pass that follow. On the CPU, which has no time to spare, it runs at once, to the
+    same effect.
     """
 
     def __init__(self) -> None:
-        self._begun: list[tuple[Update, Found, int, torch.cuda.Event | None]] = []
+        self._begun: list[tuple[Update, int, Future[Search]]] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="galore-refresh")  # started at first use
 
     def devices(self) -> set[torch.device]:
         """Where there are parameters whose refreshes have begun."""
         return {update.param.device for update, *_ in self._begun}
 
     def begin(self, update: Update, state: Mapping[str, Any], step: int) -> None:
-        """Finds the bases in a copy of the parameter's gradient, that of step number ``step``."""
+        """Begins to find the bases in a copy of the parameter's gradient, that of step number ``step``."""
         device = update.param.device
+        future: Future[Search]
         if device.type != "cuda":
-            self._begun.append((update, find_bases(update, state, update.grad), step, None))
-            return
-        gradient = update.grad.clone()  # the next backward pass may write into the gradient's memory
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream, current = self._streams[device], torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            found = find_bases(update, state, gradient)
-            done = torch.cuda.Event()
-            done.record(stream)
-        gradient.record_stream(stream)
-        self._begun.append((update, found, step, done))
+            future = Future()
+            future.set_result((find_bases([update], [state], [update.grad])[0], None))
+        else:
+            gradient = update.grad.clone()  # the next backward pass may write into the gradient's memory
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(device))
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            future = self._threads.submit(_search, update, state, gradient, copied, self._streams[device])
+        self._begun.append((update, step, future))
 
     def finished(self) -> Iterator[tuple[Update, Found, int]]:
         """(parameter, what was found, number of the step) of all refreshes begun; each is given once."""
         begun, self._begun = self._begun, []
-        for update, found, step, done in begun:
+        for update, step, future in begun:
+            found, done = future.result()
             if done is not None:
                 current = torch.cuda.current_stream(update.param.device)
                 current.wait_event(done)
                 for subspace in found.values():
-                    subspace.basis.record_stream(current)
-                    subspace.captured.record_stream(current)
+                    for tensor in (subspace.basis, subspace.captured):
+                        tensor.record_stream(current)
             yield update, found, step
+
+
+def _search(
+    update: Update, state: Mapping[str, Any], gradient: Tensor, copied: torch.cuda.Event, stream: torch.cuda.Stream
+) -> Search:
+    with torch.cuda.stream(stream):
+        stream.wait_event(copied)
+        gradient.record_stream(stream)
+        found = find_bases([update], [state], [gradient])[0]
+        done = torch.cuda.Event()
+        done.record(stream)
+    return found, done

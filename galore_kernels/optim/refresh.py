@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,9 +13,12 @@ from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.state import adam_state, float_basis, refresh_record
 from galore_kernels.optim.update import Update, derived_seed
 from galore_kernels.quantizers import quantize_basis
-from galore_kernels.subspace import RefreshRecord, Schedule, Subspace, find_subspace, full_precision
+from galore_kernels.subspace import RefreshRecord, Schedule, Subspace, find_subspaces, full_precision
 
 Changes = dict[str, Any]
+
+#: The subspace of each of a parameter's bases.
+Found = dict[str, Subspace]
 
 
 def is_due(update: Update, state: Mapping[str, Any]) -> bool:
@@ -23,28 +26,67 @@ def is_due(update: Update, state: Mapping[str, Any]) -> bool:
     return update.layout.rank is not None and refresh_record(state).due(int(state["step"]))
 
 
-def find_bases(update: Update, state: Mapping[str, Any], gradient: Tensor) -> dict[str, Subspace]:
-    """The subspace of each basis of a parameter in ``gradient``, which has the parameter's shape. Changes nothing."""
-    group, record = update.group, refresh_record(state)
-    matrix = gradient.reshape(matrix_shape(update.param.shape))
-    oriented = matrix if update.layout.side == "right" else matrix.T
-    found = {}
-    for name in update.layout.bases:
-        warm = group["warm_start"] and record.refreshes > 0
-        found[name] = find_subspace(
-            oriented if name == "basis" else oriented.T,
-            update.layout.rank or 0,
-            previous=float_basis(state, name) if warm else None,
-            captured=record.captured_cold if warm else None,
-            seed=derived_seed(group["seed"], update.index, name, record.refreshes),
-            method=group["refresh_method"],
+def is_asynchronous(update: Update, state: Mapping[str, Any]) -> bool:
+    """Whether a basis found in this step is for the next one."""
+    return bool(update.group["async_refresh"]) and state["refreshes"] > 0
+
+
+def batches(updates: Sequence[Update], states: Mapping[Tensor, Mapping[str, Any]]) -> list[list[Update]]:
+    """``updates`` in their order, but those whose bases are found in one search behind the first of them.
+
+    On a CPU each is by itself: nothing is gained there by more, and one needs the memory of one.
+    """
+    together: dict[object, list[Update]] = {}
+    for update in updates:
+        key: object = update.index
+        if update.layout.rank is not None and update.param.device.type != "cpu":
+            grad, group = update.grad, update.group
+            warm = bool(states.get(update.param)) and group["warm_start"]
+            kind = (grad.device, grad.dtype, matrix_shape(grad.shape))
+            key = (*kind, update.layout.side, update.layout.rank, id(group), warm)
+        together.setdefault(key, []).append(update)
+    return list(together.values())
+
+
+def find_together(batch: Sequence[Update], states: Mapping[Tensor, Mapping[str, Any]]) -> dict[int, Found]:
+    """What is found for a batch of several parameters, by the id of those that need it in this step."""
+    fresh = {"step": 0.0, **asdict(RefreshRecord())}
+    pairs = [(update, states.get(update.param) or fresh) for update in batch]
+    due = [(update, state) for update, state in pairs if is_due(update, state) and not is_asynchronous(update, state)]
+    if len(batch) == 1 or not due:
+        return {}
+    found = find_bases([update for update, _ in due], [state for _, state in due], [update.grad for update, _ in due])
+    return {id(update.param): own for (update, _), own in zip(due, found, strict=True)}
+
+
+def find_bases(
+    updates: Sequence[Update], states: Sequence[Mapping[str, Any]], gradients: Sequence[Tensor]
+) -> list[Found]:
+    """The subspace of each basis of parameters that ``batches`` has put together. Changes nothing."""
+    first, records = updates[0], [refresh_record(state) for state in states]
+    pairs = zip(updates, gradients, strict=True)
+    matrices = [gradient.reshape(matrix_shape(update.param.shape)) for update, gradient in pairs]
+    oriented = [matrix if first.layout.side == "right" else matrix.T for matrix in matrices]
+    warm = first.group["warm_start"] and first.layout.bases.keys() <= states[0].keys()
+    found: list[Found] = [{} for _ in updates]
+    for name in first.layout.bases:
+        subspaces = find_subspaces(
+            oriented if name == "basis" else [matrix.T for matrix in oriented],
+            first.layout.rank or 0,
+            previous=[float_basis(state, name) for state in states] if warm else None,
+            captured=[record.captured_cold if record.refreshes else None for record in records] if warm else None,
+            seeds=[
+                derived_seed(update.group["seed"], update.index, name, record.refreshes)
+                for update, record in zip(updates, records, strict=True)
+            ],
+            method=first.group["refresh_method"],
         )
+        for own, subspace in zip(found, subspaces, strict=True):
+            own[name] = subspace
     return found
 
 
-def changes(
-    update: Update, state: Mapping[str, Any], found: Mapping[str, Subspace], step: int, backend: str
-) -> Changes:
+def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, backend: str) -> Changes:
     """The entries of ``state`` that become others with what was found in the gradient of step number ``step``.
 
     Where the gradient held no subspace (it is zero, or not finite) the bases stay, and the next refresh is planned;

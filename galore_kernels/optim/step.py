@@ -21,15 +21,21 @@ from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_lr, check_param, check_scheduled, matrix_shape
 from galore_kernels.optim.pending import Pending
-from galore_kernels.optim.refresh import changes, find_bases, is_due, take_over
+from galore_kernels.optim.refresh import (
+    Found,
+    batches,
+    changes,
+    find_bases,
+    find_together,
+    is_asynchronous,
+    is_due,
+    take_over,
+)
 from galore_kernels.optim.scalars import LearningRates, Unscaling
 from galore_kernels.optim.skip_monitor import SkipMonitor
 from galore_kernels.optim.state import Layout, adam_state
 from galore_kernels.optim.update import Update
 from galore_kernels.subspace import phases
-
-#: Index over all groups, name for messages, parameter, group.
-NamedParam = tuple[int, str, Tensor, dict[str, Any]]
 
 _WRAPPERS = ("galore_kernels", "torch")
 
@@ -62,7 +68,8 @@ class SteppingOptimizer(Optimizer):
         # Steps of groups that were left out because their ranks couldn't be chosen.
         self._put_off = 0
 
-    def _named_params(self) -> Iterator[NamedParam]:
+    def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
+        """(index over all groups, name for messages, parameter, group)."""
         index = 0
         for group_index, group in enumerate(self.param_groups):
             names = group.get("param_names")
@@ -207,33 +214,28 @@ class SteppingOptimizer(Optimizer):
         return updates
 
     def _choose_ranks(self) -> None:
-        """Decides ``rank="auto"`` where it is undecided. A gradient that isn't finite puts it off: see ``_put_off``."""
-        for group, first, params in self._groups_with_first_index():
-            if not undecided(group) or all(param.grad is None for _, _, param, _ in params):
-                continue
-            for index, name, param, _ in params:
-                if param.grad is not None:
-                    check_param(param, name)
-                    Update(param, group, index, name, self._layout(param, group)).check(None)
-            group["ranks"] = chosen_ranks(group, self._layout, first)
-            if group["ranks"] is None:
-                self._put_off += 1
-                if self._put_off & (self._put_off - 1) == 0:  # as often as of skipped steps
-                    warnings.warn(
-                        f"{params[0][1]}: a gradient of its group is NaN or infinite, so that no ranks can be chosen; "
-                        f"the step of the group's matrices was skipped ({self._put_off} so far)",
-                        NonFiniteGradientWarning,
-                        stacklevel=_frames_to_caller(),
-                    )
+        """Decides ``rank="auto"`` where it is undecided and there are gradients; one that isn't finite puts it off."""
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            where, present = f"param group {index}", [p for p in group["params"] if p.grad is not None]
+            if undecided(group) and present:
+                for param in present:
+                    check_param(param, where)
+                    Update(param, group, first, where, self._layout(param, group)).check(None)
+                group["ranks"] = chosen_ranks(group, self._layout, first)
+                if group["ranks"] is None:
+                    self._put_off += 1
+                    self._report_put_off(where)
+            first += len(group["params"])
 
-    def _groups_with_first_index(self) -> Iterator[tuple[dict[str, Any], int, list[NamedParam]]]:
-        """Each group, the index of its first parameter among all, and its parameters."""
-        named = list(self._named_params())
-        begin = 0
-        for group in self.param_groups:
-            end = begin + len(group["params"])
-            yield group, begin, named[begin:end]
-            begin = end
+    def _report_put_off(self, where: str) -> None:
+        if self._put_off & (self._put_off - 1) == 0:  # as often as of skipped steps
+            warnings.warn(
+                f"{where}: a gradient is NaN or infinite, so that no ranks can be chosen; the step of the group's "
+                f"matrices was skipped ({self._put_off} so far)",
+                NonFiniteGradientWarning,
+                stacklevel=_frames_to_caller(),
+            )
 
     def _resume_interrupted(self, grads: list[Tensor | None]) -> set[int]:
         """Parameters to leave out because an interrupted step with these very gradients has updated them."""
@@ -290,10 +292,12 @@ class SteppingOptimizer(Optimizer):
                 for member, counter in zip(some.members, some.counters, strict=True):
                     before, counter.skips = counter.skips, int(counter.skipped)
                     self._report_skip(member.name, before, counter.skips)
-        for update in sorted(alone, key=lambda update: update.index):
-            if id(update.param) not in done:
-                device = update.param.device
-                before, skips = self._apply(update, self._options(update.group, device, unscaling), finished)
+        rest = [update for update in alone if id(update.param) not in done]
+        for batch in batches(sorted(rest, key=lambda update: update.index), self.state):
+            found = find_together(batch, self.state)
+            for update in batch:
+                own_options = self._options(update.group, update.param.device, unscaling)
+                before, skips = self._apply(update, own_options, found.pop(id(update.param), None), finished)
                 # Last: a warning may be turned into an exception.
                 self._report_skip(update.name, before, skips)
         if not capture:
@@ -315,8 +319,10 @@ class SteppingOptimizer(Optimizer):
             **unscaling.on(device),
         )
 
-    def _apply(self, update: Update, options: ops.AdamOptions, finished: list[Tensor]) -> tuple[int, int]:
-        """Updates one parameter and adds it to ``finished``.
+    def _apply(
+        self, update: Update, options: ops.AdamOptions, found: Found | None, finished: list[Tensor]
+    ) -> tuple[int, int]:
+        """Updates one parameter and adds it to ``finished``. ``found``: its subspaces, if they were searched already.
 
         Returns how many of its steps had been skipped as far as is known, and are now.
         """
@@ -327,12 +333,13 @@ class SteppingOptimizer(Optimizer):
         skipped = int(state["skipped"])
         options = replace(options, rounding_seed=update.rounding_seed(state))
         due = is_due(update, state)
-        later = due and group["async_refresh"] and state["refreshes"] > 0
+        later = due and is_asynchronous(update, state)
         changed: dict[str, Any] = {}
         weight, new = param, state
         try:
             if due and not later:
-                changed = changes(update, state, find_bases(update, state, grad), step, self._backend)
+                found = found or find_bases([update], [state], [grad])[0]
+                changed = changes(update, state, found, step, self._backend)
             new = {**state, **changed}
             before = int(new["step"])
             if layout.side is None:

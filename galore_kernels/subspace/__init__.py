@@ -5,8 +5,9 @@ Everything here is plain PyTorch, imports nothing else of this package, and runs
 
 from galore_kernels.subspace.precision import full_precision
 from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ranks
-from galore_kernels.subspace.refresh import REFRESH_METHODS, Subspace, find_subspace, refresh_basis
+from galore_kernels.subspace.refresh import REFRESH_METHODS, find_subspace, find_subspaces, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
+from galore_kernels.subspace.search import Subspace
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Subspace",
     "choose_ranks",
     "find_subspace",
+    "find_subspaces",
     "full_precision",
     "phases",
     "projection_side",
