@@ -11,6 +11,7 @@ import pytest
 import torch
 from grouping import SHAPES, Grouping, compare, install, pair, steps, take_for_device
 from optimizer_cases import OPTIONS, assert_same_snapshot, make_params, set_grads, snapshot, train
+from torch import Tensor
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
 from galore_kernels.optim import multi_tensor, refresh, skip_monitor

@@ -22,7 +22,7 @@ LayoutOf = Callable[[Tensor, Mapping[str, Any]], Layout]
 
 def undecided(group: Mapping[str, Any]) -> bool:
     """Whether the group's ranks are still to be chosen."""
-    return group["rank"] == AUTO and group["ranks"] is None
+    return group["rank"] == AUTO and group["chosen_ranks"] is None
 
 
 def check_budget(group: Mapping[str, Any], layout_of: LayoutOf) -> None:
@@ -78,7 +78,7 @@ def _within_reach(
 
 
 def _bytes_at(param: Tensor, group: Mapping[str, Any], layout_of: LayoutOf, rank: int) -> int:
-    layout = layout_of(param, {**group, "params": [param], "ranks": (rank,)})
+    layout = layout_of(param, {**group, "params": [param], "chosen_ranks": (rank,)})
     return tensor_bytes(layout.new_state(torch.empty_like(param, device="meta")))
 
 

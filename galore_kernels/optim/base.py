@@ -56,7 +56,7 @@ class GaLoreAdam(SteppingOptimizer):
             "weight_decay": weight_decay,
             "rank": rank,
             "rank_budget": rank_budget,
-            "ranks": None,
+            "chosen_ranks": None,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,

@@ -40,7 +40,7 @@ KNOWN = (
     "weight_decay",
     "rank",
     "rank_budget",
-    "ranks",
+    "chosen_ranks",
     "update_proj_gap",
     "scale",
     "proj_type",
@@ -135,9 +135,9 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         _expect_count(where, group, "rank", 'rank=None keeps the group at full rank, "auto" chooses')
         budget = group["rank_budget"]
         _expect(where, "rank_budget", budget, budget is None, 'None unless rank="auto"', "leave one of them out")
-    ranks, count = group["ranks"], len(group.get("params", ()))
+    ranks, count = group["chosen_ranks"], len(group.get("params", ()))
     whole = isinstance(ranks, (tuple, list)) and len(ranks) == count and all(type(rank) is int for rank in ranks)
-    _expect(where, "ranks", ranks, ranks is None or whole, "None, or a rank for each parameter", "leave it out")
+    _expect(where, "chosen_ranks", ranks, ranks is None or whole, "None, or a rank for each parameter", "leave it out")
     _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
     _expect_choice(where, group, "refresh_schedule", REFRESH_SCHEDULES)
     _expect_choice(where, group, "moments_on_refresh", MOMENTS_ON_REFRESH)
@@ -194,9 +194,9 @@ def projected_rank(param: Tensor, group: Mapping[str, Any]) -> int | None:
 
 def _chosen_rank(param: Tensor, group: Mapping[str, Any]) -> int:
     """The rank that was chosen at the first step; before it, the least that can be."""
-    if group["ranks"] is None:
+    if group["chosen_ranks"] is None:
         return RANK_MULTIPLE
-    rank: int = next(rank for rank, own in zip(group["ranks"], group["params"], strict=True) if own is param)
+    rank: int = next(rank for rank, own in zip(group["chosen_ranks"], group["params"], strict=True) if own is param)
     return rank
 
 

@@ -117,7 +117,7 @@ def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) ->
         options = {**new, **{key: _copied(value) for key, value in old.items()}}
         options.update({key: new[key] for key in ("params", "param_names", "rank_is_explicit") if key in new})
         options["betas"] = tuple(options["betas"])
-        options["ranks"] = None if options["ranks"] is None else tuple(options["ranks"])
+        options["chosen_ranks"] = None if options["chosen_ranks"] is None else tuple(options["chosen_ranks"])
         check_group(options, where)
         merged.append(options)
     return merged

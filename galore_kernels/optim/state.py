@@ -164,7 +164,7 @@ def _check_values(key: str, value: Tensor, where: str) -> None:
 def _describe_ranks(group: Mapping[str, Any], ranks: list[int]) -> str:
     if group["rank"] != AUTO:
         return f"rank {', '.join(map(str, ranks))}"
-    chosen = "chosen at the first step" if group["ranks"] is None else f"{ranks[0]} to {ranks[-1]}"
+    chosen = "chosen at the first step" if group["chosen_ranks"] is None else f"{ranks[0]} to {ranks[-1]}"
     return f"ranks {chosen}, in {group['rank_budget']} bytes"
 
 

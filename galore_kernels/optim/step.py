@@ -80,7 +80,7 @@ class SteppingOptimizer(Optimizer):
                 yield index, name, param, group
                 index += 1
 
-    def _layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         return Layout.of(param, group, eight_bit=self._eight_bit)
 
     @torch.no_grad()
@@ -222,8 +222,8 @@ class SteppingOptimizer(Optimizer):
                 for param in present:
                     check_param(param, where)
                     Update(param, group, first, where, self._layout(param, group)).check(None)
-                group["ranks"] = chosen_ranks(group, self._layout, first)
-                if group["ranks"] is None:
+                group["chosen_ranks"] = chosen_ranks(group, self._layout, first)
+                if group["chosen_ranks"] is None:
                     self._put_off += 1
                     self._report_put_off(where)
             first += len(group["params"])

@@ -10,6 +10,10 @@ RANK_MULTIPLE = 16
 """Chosen ranks are multiples of this: what matrix units multiply without padding."""
 
 
+#: Minus the worth of a byte, the rank so far (of two that are worth the same the lower gets more), the layer.
+_Offer = tuple[float, int, int]
+
+
 @dataclass(frozen=True)
 class RankChoices:
     """What a layer offers at the ranks 16, 32, ...
@@ -30,7 +34,7 @@ def choose_ranks(layers: Sequence[RankChoices], budget: int) -> list[int]:
 
     Beginning with 16 each, the next 16 columns go to the layer where a byte captures the largest share of a layer's
     energy, times the layer's elements, as long as they fit: layers of equal spectra get equal ranks, and 16 columns
-    whose energy is noise are not bought before others' that hold some.
+    that hold nothing but noise are not bought at all.
 
     Raises:
         ValueError: the budget is less than rank 16 of all layers takes.
@@ -42,11 +46,11 @@ def choose_ranks(layers: Sequence[RankChoices], budget: int) -> list[int]:
             f"{len(layers)} matrices takes; raise it, or project fewer matrices"
         )
     places = [0] * len(layers)
-    worth: list[tuple[float, int]] = []
+    worth: list[_Offer] = []
     for index in range(len(layers)):
         _offer(worth, layers[index], index, 0)
     while worth:
-        _, index = heapq.heappop(worth)
+        *_, index = heapq.heappop(worth)
         layer, place = layers[index], places[index]
         cost = layer.bytes[place + 1] - layer.bytes[place]
         if cost <= left:
@@ -56,7 +60,8 @@ def choose_ranks(layers: Sequence[RankChoices], budget: int) -> list[int]:
     return [RANK_MULTIPLE * (place + 1) for place in places]
 
 
-def _offer(worth: list[tuple[float, int]], layer: RankChoices, index: int, place: int) -> None:
+def _offer(worth: list[_Offer], layer: RankChoices, index: int, place: int) -> None:
     if place + 1 < len(layer.captured):
         gain = (layer.captured[place + 1] - layer.captured[place]) * layer.elements
-        heapq.heappush(worth, (-gain / (layer.bytes[place + 1] - layer.bytes[place]), index))
+        if gain > 0:
+            heapq.heappush(worth, (-gain / (layer.bytes[place + 1] - layer.bytes[place]), place, index))
