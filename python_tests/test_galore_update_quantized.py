@@ -61,9 +61,7 @@ def quantized_problem(
 @pytest.mark.parametrize("basis_format", BASIS_FORMATS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)  # odd ranks too, which leave half of an int4 row's last byte
-def test_every_shape_follows_the_paper(
-    backend: str, shape: tuple[int, int, int], side: str, basis_format: str
-) -> None:
+def test_every_shape_follows_the_paper(backend: str, shape: tuple[int, int, int], side: str, basis_format: str) -> None:
     for dtypes, eight_bit in zip(DTYPE_PAIRS, (False, True, False, True, True), strict=True):
         p = quantized_problem(*shape, side, basis_format, dtypes=dtypes, eight_bit=eight_bit, weight_decay=0.1)
         check_against_float64(p, backend, f"{dtypes}, 8-bit: {eight_bit}")
@@ -152,9 +150,7 @@ def test_a_basis_of_codes_is_the_float_basis_of_their_values(backend: str, side:
 @pytest.mark.parametrize("side", SIDES)
 def test_threads_change_nothing(fast_backend: str, side: str, basis_format: str) -> None:
     for dtypes, seed in ((DTYPE_PAIRS[1], 3), (DTYPE_PAIRS[0], None)):
-        p = quantized_problem(
-            300, 500, 33, side, basis_format, dtypes=dtypes, eight_bit=True, rounding_seed=seed
-        )
+        p = quantized_problem(300, 500, 33, side, basis_format, dtypes=dtypes, eight_bit=True, rounding_seed=seed)
         torch.set_num_threads(1)
         expected, expected_state = p.solved(fast_backend)
         for threads in (2, 7):  # two; more than there are cores
