@@ -218,6 +218,9 @@ void rotate_moments(index_t rows, Address rotation, index_t rank, index_t new_ra
                     index_t threads) {
     const Rotation turn = rotation_of(rows, rotation, rank, new_rank);
     const Moments source = moments_of(m, v, m_absmax, v_absmax);
+    if ((m_absmax == 0) != (new_m_absmax == 0) || (m_absmax == 0) != (new_v_absmax == 0)) {
+        throw std::invalid_argument("new_m_absmax, new_v_absmax: expected both addresses with 8-bit moments, else 0");
+    }
     const Moments target = moments_of(new_m, new_v, new_m_absmax, new_v_absmax);
     const float c = gk::squared_mean_factor(beta1, beta2, at_least("step", step, 0));
     const int count = thread_count(threads);

@@ -121,8 +121,12 @@ GUARD = 12345.0
 
 
 def workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
+    """Scratch memory of the two products."""
+    return guarded(_native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads))
+
+
+def guarded(size: int) -> Tensor:
     """What is asked for, filled with NaN since nothing may depend on what it held, and a guard behind it."""
-    size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads)
     scratch = torch.full((size // 4 + GUARD_FLOATS,), torch.nan)
     scratch[-GUARD_FLOATS:] = GUARD
     return scratch
@@ -149,6 +153,7 @@ def project(
         SIDE_CODES[side],
         basis.data_ptr(),
         DTYPE_CODES[basis.dtype],
+        0,
         rank,
         lowrank.data_ptr(),
         inv_grad_scale=inv_grad_scale,
@@ -182,6 +187,7 @@ def back_project_update(
         update.data_ptr(),
         basis.data_ptr(),
         DTYPE_CODES[basis.dtype],
+        0,
         rank,
         scale=scale,
         **asdict(scalars),
@@ -190,6 +196,31 @@ def back_project_update(
         threads=threads,
     )
     check_guard(scratch)
+
+
+def rotate_moments(state: State, rotation: Tensor, *, step: int, threads: int = 1) -> State:
+    rank, new_rank = rotation.shape
+    rows = state.m.numel() // rank
+    size = rows * new_rank
+    absmax = [None if t is None else torch.full((-(-size // BLOCK),), torch.nan) for t in (state.m_absmax,) * 2]
+    dtype = state.m.dtype
+    target = State(torch.full((size,), 77, dtype=dtype), torch.full((size,), 77, dtype=dtype), *absmax)
+    scratch = guarded(_native.rotate_workspace_bytes(rank, new_rank, threads))
+    _native.rotate_moments(
+        rows,
+        rotation.data_ptr(),
+        rank,
+        new_rank,
+        *state.addresses(),
+        *target.addresses(),
+        beta1=0.9,
+        beta2=0.999,
+        step=step,
+        workspace=scratch.data_ptr(),
+        threads=threads,
+    )
+    check_guard(scratch)
+    return target
 
 
 def bits(x: Tensor) -> NDArray[np.uint32]:

@@ -21,7 +21,8 @@ ADAM: dict[str, Any] = {
     "threads": 1,
 }
 MOMENTS: dict[str, Any] = {"m": 0, "v": 0, "m_absmax": 0, "v_absmax": 0}
-MATRIX: dict[str, Any] = {"rows": 0, "cols": 0, "side": 0, "basis": 0, "basis_dtype": 0, "rank": 1}
+NEW_MOMENTS: dict[str, Any] = {f"new_{name}": 0 for name in MOMENTS}
+MATRIX: dict[str, Any] = {"rows": 0, "cols": 0, "side": 0, "basis": 0, "basis_dtype": 0, "basis_scale": 0, "rank": 1}
 
 # Each call is valid as it stands, and harmless: no elements, null addresses.
 CALLS: dict[str, dict[str, Any]] = {
@@ -37,6 +38,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "back_project_update": {"param": 0, "param_dtype": 0, "update": 0, "scale": 1.0, "workspace": 0, **MATRIX, **ADAM}
     | {"rounding_seed": None},
     "workspace_bytes": {"rows": 1, "cols": 1, "rank": 1, "side": 0, "threads": 1},
+    "rotate_moments": {"rows": 0, "rotation": 0, "rank": 1, "new_rank": 1, **MOMENTS, **NEW_MOMENTS}
+    | {"beta1": 0.9, "beta2": 0.999, "step": 0, "workspace": 0, "threads": 1},
+    "rotate_workspace_bytes": {"rank": 1, "new_rank": 1, "threads": 1},
 }
 
 # One bad value per kind of argument, with what the message must say was expected.
@@ -46,12 +50,13 @@ BAD: dict[str, tuple[int, str]] = {
     "cols": (-1, "0 or more"),
     "step": (-1, "0 or more"),
     "rank": (0, "1 or more"),
+    "new_rank": (0, "1 or more"),
     "threads": (0, "1 or more"),
     "side": (2, "0 (right) or 1 (left)"),
     "dtype": (3, "0 (float32), 1 (bfloat16) or 2 (float16)"),
     "param_dtype": (-1, "0 (float32), 1 (bfloat16) or 2 (float16)"),
     "grad_dtype": (3, "0 (float32), 1 (bfloat16) or 2 (float16)"),
-    "basis_dtype": (99, "0 (float32), 1 (bfloat16) or 2 (float16)"),
+    "basis_dtype": (99, "0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (int4)"),
 }
 
 
@@ -75,10 +80,22 @@ def test_bad_value_names_its_argument(name: str, argument: str) -> None:
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["adam_update", "lowrank_adam"])
+@pytest.mark.parametrize("name", ["adam_update", "lowrank_adam", "rotate_moments"])
 def test_one_absmax_without_the_other(name: str) -> None:
     with pytest.raises(ValueError, match="m_absmax, v_absmax: expected both"):
         function(name)(**(CALLS[name] | {"m_absmax": 64}))
+
+
+def test_moments_are_turned_to_their_own_format() -> None:
+    with pytest.raises(ValueError, match="new_m_absmax, new_v_absmax: expected both"):
+        function("rotate_moments")(**(CALLS["rotate_moments"] | {"m_absmax": 64, "v_absmax": 64}))
+
+
+@pytest.mark.parametrize("name", ["project", "back_project_update"])
+@pytest.mark.parametrize(("dtype", "scale"), [(3, 0), (4, 0), (0, 64)])  # codes without scales, scales without codes
+def test_codes_have_scales_and_nothing_else_has(name: str, dtype: int, scale: int) -> None:
+    with pytest.raises(ValueError, match=f"basis_scale: expected an address with int8 .* with basis_dtype={dtype}"):
+        function(name)(**(CALLS[name] | {"basis_dtype": dtype, "basis_scale": scale}))
 
 
 @pytest.mark.parametrize("name", ["adam_update", "back_project_update"])

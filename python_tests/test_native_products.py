@@ -1,4 +1,4 @@
-"""csrc/cpu/project.h, csrc/cpu/back_project_update.h: both matrix products against float64, and the fused update."""
+"""csrc/cpu/project.h, back_project_update.h, rotate_moments.h: the products against float64, and what is fused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from native_calls import DTYPE_CODES, Scalars, back_project_update, project
+from native_calls import DTYPE_CODES, Scalars, back_project_update, project, random_state, rotate_moments
 from torch import Tensor
 
 SIDES = pytest.mark.parametrize("side", ["right", "left"])
@@ -273,3 +273,16 @@ def test_empty_matrices(side: str) -> None:
         assert representable
         assert lowrank.eq(0).all()  # a sum of nothing
         back_project_update(torch.empty(rows, cols), torch.ones(long, 2), basis, side, Scalars())
+
+
+@pytest.mark.parametrize("eight_bit", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (300, 5, 7), (257, 33, 130), (100, 256, 128)], ids=str)
+def test_rotate_moments_stays_inside_its_memory(shape: tuple[int, int, int], eight_bit: bool) -> None:
+    rows, rank, new_rank = shape
+    state = random_state(rows * rank, eight_bit=eight_bit, generator=torch.Generator().manual_seed(1))
+    rotation = random_matrix(rank, new_rank, 2)
+    expected = rotate_moments(state, rotation, step=5)
+    for threads in (2, 5):
+        got = rotate_moments(state, rotation, step=5, threads=threads)
+        for tensor, other in zip(got.tensors(), expected.tensors(), strict=True):
+            assert torch.equal(tensor, other)  # NaN, which the scratch memory was full of, equals nothing

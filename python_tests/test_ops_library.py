@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
-from update_cases import assert_same_bits, clone, options, tensors, warm_state
+from update_cases import assert_same_bits, assert_same_state, clone, options, tensors, warm_state
 
 from galore_kernels import _native, backend_info, ops
 from galore_kernels.ops import AdamOptions, AdamState, registry
+from galore_kernels.quantizers import BASIS_FORMATS, quantize_basis
 
 NAMESPACE = torch.ops.galore_kernels
 UPDATES = ["adam8bit_update", "galore_update", "lowrank_update"]
@@ -33,6 +34,7 @@ class Call:
     state: AdamState
     options: AdamOptions
     long_basis: Tensor | None = None
+    basis_scale: Tensor | None = None
     projection: dict[str, Any] = field(default_factory=lambda: {"side": "right", "scale": 0.25})
 
     def run(self, backend: str = "auto") -> None:
@@ -47,6 +49,7 @@ class Call:
             self.state,
             self.options,
             long_basis=self.long_basis,
+            basis_scale=self.basis_scale,
             backend=backend,
             **self.projection,
         )
@@ -55,7 +58,8 @@ class Call:
         """Positional and keyword arguments of the operator that ``torch.library`` knows."""
         projected = self.op != "adam8bit_update"
         state = [getattr(self.state, name) for name in AdamState.__dataclass_fields__]
-        positional = [self.param, self.grad, *([self.basis, self.long_basis] if projected else []), *state]
+        bases = [self.basis, self.long_basis, self.basis_scale] if projected else []
+        positional = [self.param, self.grad, *bases, *state]
         scalars = {name: getattr(self.options, name) for name in AdamOptions.__dataclass_fields__}
         positional.append(scalars.pop("lr"))
         return tuple(positional), {**(self.projection if projected else {}), **scalars, "backend": backend}
@@ -63,7 +67,15 @@ class Call:
     def everything(self) -> dict[str, Tensor]:
         """Every tensor of the call by name."""
         named = {"param": self.param, "grad": self.grad, "basis": self.basis, "lr": self.options.lr}
+        if self.basis_scale is not None:
+            named["basis_scale"] = self.basis_scale
         return {**named, **tensors(self.state)}
+
+
+def quantized(call: Call, basis_format: str = "int8") -> Call:
+    """The call with its basis quantized."""
+    codes, scale = quantize_basis(call.basis, basis_format)
+    return replace(call, basis=codes, basis_scale=scale)
 
 
 def make_call(op: str, *, eight_bit: bool = True, side: str = "right", both: bool = False) -> Call:
@@ -102,6 +114,24 @@ def test_opcheck_accepts_projected_updates(backend: str, op: str, side: str, bot
     opcheck(getattr(NAMESPACE, op).default, positional, keywords)
 
 
+@pytest.mark.parametrize("basis_format", BASIS_FORMATS)
+@pytest.mark.parametrize("op", ["galore_update", "lowrank_update"])
+def test_opcheck_accepts_quantized_bases(backend: str, op: str, basis_format: str) -> None:
+    positional, keywords = quantized(make_call(op), basis_format).schema_arguments(backend)
+    opcheck(getattr(NAMESPACE, op).default, positional, keywords)
+
+
+def turn_arguments(*, eight_bit: bool = True, both: bool = False) -> dict[str, Any]:
+    """Arguments of ``ops.rotate_moments``."""
+    return {
+        "state": warm_state((ROWS, RANK), eight_bit=eight_bit),
+        "rotation": torch.randn(RANK, LONG_RANK),
+        "long_rotation": torch.randn(ROWS, 5) if both else None,
+        "beta1": 0.9,
+        "beta2": 0.999,
+    }
+
+
 def test_opcheck_accepts_stochastic_rounding(backend: str) -> None:
     call = make_call("galore_update")
     call.param = call.param.bfloat16()
@@ -118,12 +148,13 @@ def test_opcheck_accepts_the_quantizers(backend: str, signed: bool) -> None:
     opcheck(NAMESPACE.dequantize_blockwise.default, (codes, absmax, signed, backend))
 
 
-def all_operations(calls: list[Call], x: Tensor) -> Tensor:
+def all_operations(calls: list[Call], turns: list[dict[str, Any]], x: Tensor) -> tuple[Tensor, list[AdamState]]:
     """Every operation once."""
     codes, absmax = ops.quantize_blockwise(x, True)
     for call in calls:
         call.run()
-    return ops.dequantize_blockwise(codes, absmax, True)
+    turned = [ops.rotate_moments(**turn) for turn in turns]
+    return ops.dequantize_blockwise(codes, absmax, True), turned
 
 
 # inductor meets no operation of torch's own here: compiling one in C++ would take half a minute.
@@ -132,11 +163,15 @@ def all_operations(calls: list[Call], x: Tensor) -> Tensor:
 def test_compiling_without_a_graph_break_gives_what_eager_gives(compiler: str) -> None:
     torch._dynamo.reset()
     calls = [make_call(op, eight_bit=eight_bit) for op in UPDATES for eight_bit in (True, False)]
+    calls += [quantized(make_call("galore_update"), basis_format) for basis_format in BASIS_FORMATS]
+    turns = [turn_arguments(eight_bit=eight_bit) for eight_bit in (True, False)]
     copies = [replace(call, param=call.param.clone(), state=clone(call.state)) for call in calls]
     x = torch.randn(300)
-    expected = all_operations(copies, x)
-    got = torch.compile(all_operations, fullgraph=True, backend=compiler)(calls, x)
+    expected, expected_turned = all_operations(copies, turns, x)
+    got, turned = torch.compile(all_operations, fullgraph=True, backend=compiler)(calls, turns, x)
     assert_same_bits(got, expected, "decoded")
+    for state, expected_state in zip(turned, expected_turned, strict=True):
+        assert_same_state(state, expected_state)
     for call, copied in zip(calls, copies, strict=True):
         assert copied.state.step.item() == 4
         for name, tensor in copied.everything().items():
@@ -182,6 +217,16 @@ def test_fakes_give_shapes_and_touch_nothing(device: str) -> None:
         with tracing:
             call.run()
         assert call.param.shape == (ROWS, COLS)
+    for eight_bit, both in ((True, False), (False, False), (True, True)):
+        turn = turn_arguments(eight_bit=eight_bit, both=both)
+        state = turn["state"]
+        turn["state"] = replace(state, **{name: convert(tensor) for name, tensor in tensors(state).items()})
+        turn |= {name: convert(turn[name]) for name in ("rotation", "long_rotation") if turn[name] is not None}
+        with tracing:
+            turned = ops.rotate_moments(**turn)
+        assert turned.exp_avg.shape == turned.exp_avg_sq.shape == (5 if both else ROWS, LONG_RANK)
+        assert turned.exp_avg.dtype == state.exp_avg.dtype
+        assert (turned.exp_avg_absmax is not None) == eight_bit
 
 
 def test_fakes_check_shapes() -> None:
@@ -229,7 +274,8 @@ def test_every_backend_is_there_or_says_why_not() -> None:
     assert info["cuda"]["available"] == (torch.cuda.is_available() and bool(_native.build_info()["cuda_archs"]))
     for name, facts in info.items():
         if facts["available"]:
-            assert facts["operations"] == sorted([*UPDATES, "dequantize_blockwise", "quantize_blockwise"]), name
+            others = ["dequantize_blockwise", "quantize_blockwise", "rotate_moments"]
+            assert facts["operations"] == sorted([*UPDATES, *others]), name
         else:
             assert facts["reason"], name
 
@@ -360,6 +406,33 @@ BAD_PROJECTIONS: dict[str, tuple[str, Callable[[Call], Call]]] = {
 }
 
 
+#: The same of calls with a quantized basis, int8 unless the change makes it another.
+BAD_QUANTIZED: dict[str, tuple[str, Callable[[Call], Call]]] = {
+    "with long_basis": (
+        "basis_scale must be None with long_basis",
+        lambda c: replace(c, long_basis=torch.ones(ROWS, 2)),
+    ),
+    "scale dtype": ("basis_scale must be", lambda c: replace(c, basis_scale=torch.ones(RANK).double())),
+    "scale elsewhere": (
+        "basis_scale must be on cpu",
+        lambda c: replace(c, basis_scale=torch.ones(RANK, device="meta")),
+    ),
+    "scale strides": ("basis_scale must be contiguous", lambda c: replace(c, basis_scale=torch.ones(2 * RANK)[::2])),
+    "scale of two dimensions": (
+        "basis_scale must have the shape",
+        lambda c: replace(c, basis_scale=torch.ones(1, RANK)),
+    ),
+    "no scale": ("basis_scale must have the shape", lambda c: replace(c, basis_scale=torch.ones(0))),
+    "scale of another rank": ("basis must be of shape", lambda c: replace(c, basis_scale=torch.ones(RANK + 1))),
+    "float basis": ("basis must be torch.int8 or torch.uint8", lambda c: replace(c, basis=c.basis.float())),
+    "codes alone": ("basis must be torch.float32", lambda c: replace(c, basis_scale=None)),
+    "codes of the other side": ("basis must be of shape", with_projection(side="left")),
+    "unpacked int4": ("basis must be of shape", lambda c: replace(c, basis=c.basis.byte())),
+    "codes' strides": ("basis must be contiguous", lambda c: replace(c, basis=scrambled(c.basis))),
+    "codes elsewhere": ("basis must be on cpu", lambda c: replace(c, basis=c.basis.to("meta"))),
+}
+
+
 def check_refused(call: Call, backend: str, message: str, error: type[Exception] = ValueError) -> None:
     before = {name: tensor.clone() for name, tensor in call.everything().items() if tensor.device.type == "cpu"}
     with pytest.raises(error, match=message) as raised:
@@ -390,6 +463,13 @@ def test_bad_projections_are_refused_before_anything_changes(backend: str, op: s
     if what == "state of another rank" and op == "lowrank_update":
         call.grad = torch.ones(ROWS, RANK + 1)
     check_refused(call, backend, message)
+
+
+@pytest.mark.parametrize("what", BAD_QUANTIZED)
+@pytest.mark.parametrize("op", ["galore_update", "lowrank_update"])
+def test_bad_quantized_bases_are_refused_before_anything_changes(backend: str, op: str, what: str) -> None:
+    message, change = BAD_QUANTIZED[what]
+    check_refused(change(quantized(make_call(op))), backend, message)
 
 
 @pytest.mark.parametrize("op", UPDATES)

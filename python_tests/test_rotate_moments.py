@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import tolerances
 import torch
+from test_ops_library import RANK, ROWS, scrambled, turn_arguments
 from torch import Tensor
+from torch.library import opcheck
 from update_cases import (
     assert_close,
     assert_codes_almost_equal,
@@ -40,13 +44,13 @@ SHAPES = [  # L, r, r'
     (15, 1024, 65),  # a long sum
 ]
 
-BETAS = {"beta1": 0.9, "beta2": 0.999}
+BETA1, BETA2 = 0.9, 0.999
 
 
 def turned(state: AdamState, rotation: Tensor, backend: str, long_rotation: Tensor | None = None) -> AdamState:
     """The operation, with a check that it changes nothing and gives memory of its own."""
     before, matrix = clone(state), rotation.clone()
-    result = rotate_moments(state, rotation, **BETAS, long_rotation=long_rotation, backend=backend)
+    result = rotate_moments(state, rotation, beta1=BETA1, beta2=BETA2, long_rotation=long_rotation, backend=backend)
     assert_same_state(state, before)
     assert_same_bits(rotation, matrix, "rotation")
     old = {tensor.data_ptr() for tensor in tensors(state).values() if tensor.numel()}
@@ -74,8 +78,9 @@ def check_against_float64(
         *moments(state),
         f64(rotation),
         None if long_rotation is None else f64(long_rotation),
-        **BETAS,
-        step=int(state.step),
+        BETA1,
+        BETA2,
+        int(state.step),
     )
     got = turned(state, rotation, backend, long_rotation)
     for name, value, bound in (("exp_avg", exact.m, exact.m_bound), ("exp_avg_sq", exact.v, exact.v_bound)):
@@ -209,7 +214,7 @@ def test_backends_agree_with_the_reference(fast_backend: str, shape: tuple[int, 
     long, rank, new_rank = shape
     state, rotation = warm_state((long, rank), eight_bit=True), random_rotation(rank, new_rank)
     got, expected = turned(state, rotation, fast_backend), turned(state, rotation, "reference")
-    exact = tolerances.rotate_moments(*moments(state), f64(rotation), None, **BETAS, step=3)
+    exact = tolerances.rotate_moments(*moments(state), f64(rotation), None, BETA1, BETA2, 3)
     for name, bound in (("exp_avg", exact.m_bound), ("exp_avg_sq", exact.v_bound)):
         assert_codes_almost_equal(getattr(got, name), getattr(expected, name), tolerances.EQUAL_CODES, name)
         absmax = f64(getattr(expected, f"{name}_absmax"))
@@ -226,3 +231,50 @@ def test_threads_change_nothing(fast_backend: str, shape: tuple[int, int, int]) 
         for threads in (2, 7):  # two; more than there are cores
             torch.set_num_threads(threads)
             assert_same_state(turned(state, rotation, fast_backend), expected)
+
+
+# --- torch.library, and every check
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("eight_bit", [True, False])
+def test_opcheck_accepts_rotate_moments(backend: str, eight_bit: bool, both: bool) -> None:
+    arguments = turn_arguments(eight_bit=eight_bit, both=both)
+    state = arguments["state"]
+    moments = (state.exp_avg, state.exp_avg_sq, state.exp_avg_absmax, state.exp_avg_sq_absmax, state.step)
+    positional = (*moments, arguments["rotation"], arguments["long_rotation"])
+    keywords = {"beta1": 0.9, "beta2": 0.999, "backend": backend}
+    opcheck(torch.ops.galore_kernels.rotate_moments.default, positional, keywords)
+
+
+#: What is wrong with a call of rotate_moments -> the words of the message, and the argument that makes it so.
+BAD_TURNS: dict[str, tuple[str, Callable[[AdamState], dict[str, Any]]]] = {
+    "flat moments": ("exp_avg must be a matrix", lambda s: {"state": replace(s, exp_avg=s.exp_avg.flatten())}),
+    "moments of two sizes": ("exp_avg_sq must be of", lambda s: {"state": replace(s, exp_avg_sq=s.exp_avg_sq[:-1])}),
+    "moment dtype": ("exp_avg_sq must be", lambda s: {"state": replace(s, exp_avg_sq=s.exp_avg_sq.half())}),
+    "moment strides": ("exp_avg must be contiguous", lambda s: {"state": replace(s, exp_avg=scrambled(s.exp_avg))}),
+    "one absmax": ("both tensors or both None", lambda s: {"state": replace(s, exp_avg_absmax=None)}),
+    "absmax shape": ("exp_avg_absmax must be of shape", lambda s: {"state": replace(s, exp_avg_absmax=torch.ones(2))}),
+    "integer step": ("step must be", lambda s: {"state": replace(s, step=s.step.long())}),
+    "rotation of another rank": ("rotation must be of shape", lambda s: {"rotation": torch.ones(RANK + 1, 2)}),
+    "rotation to rank 0": ("rotation must be of shape", lambda s: {"rotation": torch.ones(RANK, 0)}),
+    "rotation of one dimension": ("rotation must be of shape", lambda s: {"rotation": torch.ones(RANK)}),
+    "rotation dtype": ("rotation must be torch.float32", lambda s: {"rotation": torch.ones(RANK, 2).double()}),
+    "rotation strides": ("rotation must be contiguous", lambda s: {"rotation": torch.ones(2, RANK).T}),
+    "rotation elsewhere": ("rotation must be on cpu", lambda s: {"rotation": torch.ones(RANK, 2, device="meta")}),
+    "long_rotation size": ("long_rotation must be of shape", lambda s: {"long_rotation": torch.ones(ROWS + 1, 2)}),
+    "long_rotation strides": ("long_rotation must be contiguous", lambda s: {"long_rotation": torch.ones(2, ROWS).T}),
+    "beta1 of 1": ("beta1 must be in", lambda s: {"beta1": 1.0}),
+    "beta2 negative": ("beta2 must be in", lambda s: {"beta2": -0.1}),
+    "beta2 NaN": ("beta2 must be in", lambda s: {"beta2": float("nan")}),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TURNS)
+def test_bad_turns_are_refused(backend: str, what: str) -> None:
+    message, change = BAD_TURNS[what]
+    arguments = turn_arguments()
+    arguments |= change(arguments["state"])
+    with pytest.raises(ValueError, match=message) as raised:
+        rotate_moments(**arguments, backend=backend)
+    assert str(raised.value).startswith("rotate_moments:")

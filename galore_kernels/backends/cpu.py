@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
-from galore_kernels.backends import reference
 from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES
+from galore_kernels.backends.reference.rotate_moments import rotate_moments as rotate_both_sides
 from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.ops.registry import Backend, register
@@ -230,7 +230,7 @@ def rotate_moments(
     source: AdamState, target: AdamState, rotation: Tensor, long_rotation: Tensor | None, beta1: float, beta2: float
 ) -> None:
     if long_rotation is not None:  # both sides projected: r x r moments, once in a refresh
-        reference.rotate_moments(source, target, rotation, long_rotation, beta1, beta2)
+        rotate_both_sides(source, target, rotation, long_rotation, beta1, beta2)
         return
     threads = torch.get_num_threads()
     rank, new_rank = rotation.shape
