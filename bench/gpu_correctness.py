@@ -59,7 +59,7 @@ def _updated(backend: registry.Backend, matrices: list[Matrix], side: str, o: Ad
     new = [Matrix(x.param.clone(), x.grad, x.basis, clone(x.state)) for x in matrices]
     if backend.group is None:
         for x in new:
-            backend.kernels["galore_update"](x.param, x.grad, x.basis, None, x.state, o, side, SCALE)
+            backend.kernels["galore_update"](x.param, x.grad, x.basis, None, None, x.state, o, side, SCALE)
         return new
     group = UpdateGroup(
         "galore_update",

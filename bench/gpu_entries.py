@@ -75,7 +75,7 @@ def _one_by_one(backend: registry.Backend, group: UpdateGroup) -> GroupUpdate:
             if basis is None:
                 kernel(param, grad, state, options)
             else:
-                kernel(param, grad, basis, None, state, options, group.side, group.scale)
+                kernel(param, grad, basis, None, None, state, options, group.side, group.scale)
 
     return update
 

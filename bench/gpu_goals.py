@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import gpu_refresh
 import rivals
 from gpu_entries import STRONGEST, UNFUSED, grouped_name, single_name
-from gpu_plan import EQUAL_CODES_GOAL, LAYERWISE_GOAL, ROOFLINE_GOALS, Plan
+from gpu_plan import (
+    COLD_STEPS_GOAL,
+    EQUAL_CODES_GOAL,
+    LAYERWISE_GOAL,
+    ROOFLINE_GOALS,
+    SVD_GOAL,
+    WARM_STEPS_GOAL,
+    Plan,
+)
 from ratios import Goal
 
 #: Against whom, and how many times faster a step at the first rank is to be.
@@ -63,6 +72,18 @@ def speed(units: Units, plan: Plan) -> list[Goal]:
                     _of_roofline(units, unit, single_name(backend, graph), "one matrix at a time", LAYERWISE_GOAL)
                 )
     return goals
+
+
+def refresh(units: Units, plan: Plan) -> list[Goal]:
+    """The goals of a refresh, against the fused step of the same row."""
+    unit, step = f"refresh r={plan.ranks[0]}", grouped_name(plan.ours[0])
+    one, why = _result(units, unit, step)
+    goals = []
+    for name, bound in ((gpu_refresh.COLD, COLD_STEPS_GOAL), (gpu_refresh.WARM, WARM_STEPS_GOAL)):
+        found, reason = _result(units, unit, name)
+        value = None if found is None or one is None else found["median_ms"] / one["median_ms"]
+        goals.append(Goal("fused steps that it takes", unit, name, value, bound, False, reason=reason or why))
+    return [*goals, _faster(units, unit, gpu_refresh.COLD, gpu_refresh.SVD, SVD_GOAL)]
 
 
 def correct(units: Units, plan: Plan) -> list[Goal]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import gpu_entries
 import gpu_facts
+import gpu_refresh
 import harness
 import ours
 import rivals
@@ -116,22 +117,35 @@ def lost(device: torch.device) -> bool:
         return True
 
 
-def measured(session: Session, case: Case, entries: Sequence[Entry]) -> dict[str, Any]:
-    """One row: everyone interleaved, nothing flushed in between, for a call goes through more than any cache holds."""
+def measured(
+    session: Session,
+    case: Case,
+    entries: Sequence[Entry],
+    rounds: int | None = None,
+    singles: Sequence[gpu_refresh.Single] = (),
+) -> dict[str, Any]:
+    """One row: everyone interleaved, nothing flushed in between, for a call goes through more than any cache holds.
+
+    ``rounds`` is the plan's if None; ``singles`` follow one after another.
+    """
     left_out = session.state["without"].get(session.unit, {})
     session.host_seconds.clear()
     problem = SharedProblem(case, session.device)
     tried = [session.watched(entry) for entry in entries if entry.name not in left_out]
-    results = harness.run(problem, tried, rounds=session.plan.rounds, clock=session.clock, flush=lambda: None)
+    results = harness.run(problem, tried, rounds=rounds or session.plan.rounds, clock=session.clock, flush=lambda: None)
     clocks = gpu_facts.clocks() if session.device.type == "cuda" else {}  # while it is still warm
+    for single in singles:
+        if single.name not in left_out:
+            session.mark(single.name)
+            results.append(single.timed(problem, session.clock))
+            session.host_seconds[single.name] = results[-1].seconds  # the host waits for each
     failed = [result.name for result in results if result.status == "failed"]
     if failed and lost(session.device):
         session.mark(failed[0])
         sys.exit(ANOTHER)
+    families = {either.name: either.family for group in (entries, singles) for either in group}
     results += [
-        harness.Result(entry.name, entry.family, "failed", left_out[entry.name])
-        for entry in entries
-        if entry.name in left_out
+        harness.Result(name, family, "failed", left_out[name]) for name, family in families.items() if name in left_out
     ]
     return {**row_json(session, Row(case, results)), "clocks": clocks}
 
@@ -205,6 +219,12 @@ def _whole_set(plan: Plan, rank: int) -> Case:
     return Case("galore_update", "llama-7b", plan.whole_set(), rank, torch.bfloat16)
 
 
+def _refresh(session: Session) -> dict[str, Any]:
+    plan = session.plan
+    entries = [gpu_entries.grouped(plan.ours[0]), *gpu_refresh.searches()]
+    return measured(session, _whole_set(plan, plan.ranks[0]), entries, plan.refresh_rounds, gpu_refresh.singles(plan))
+
+
 def _layerwise(index: int) -> Callable[[Session], dict[str, Any]]:
     def unit(session: Session) -> dict[str, Any]:
         plan = session.plan
@@ -254,6 +274,7 @@ def units(plan: Plan) -> dict[str, Callable[[Session], dict[str, Any]]]:
         "limits": _limits,
         "correctness": _correctness,
         f"step r={first}": _step(first, everyone=True),
+        f"refresh r={first}": _refresh,
         "layerwise square": _layerwise(0),
         "layerwise wide": _layerwise(-1),
         **{f"step r={rank}": _step(rank, everyone=False) for rank in others},

@@ -18,6 +18,9 @@ ROOFLINE_GOALS = (0.85, 0.80, 0.60, 0.60)
 #: Goals of a single matrix at the first rank.
 LAYERWISE_GOAL = 0.60
 EQUAL_CODES_GOAL = 0.999
+#: Fused steps at the first rank that a refresh of the whole set may take at most, from sketches and from bases found
+#: before; and how many times as fast as exact decompositions the first is to be.
+COLD_STEPS_GOAL, WARM_STEPS_GOAL, SVD_GOAL = 5.0, 2.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Plan:
     Attributes:
         device: torch's name of the device. ours: backends of ours, the first is the one whose goals count.
         divisor: of the matrices' sizes. ranks: of the whole set; the first is the one compared with rivals.
-        rounds: samples of each implementation. matrices: in one sample of single-matrix calls, enough to be cold.
+        rounds: samples of each implementation. refresh_rounds: of a refresh, which takes as long as several steps.
+        eigenvalues: (number, size) of symmetric matrices whose eigenvalues are timed, as within a refresh.
+        matrices: in one sample of single-matrix calls, enough to be cold.
         copy_bytes: of a buffer whose copying gives the bandwidth. product_size: of the square product.
         compiler: backend of torch.compile.
         tests: runs of pytest, side by side: name -> expression that selects the tests.
@@ -39,6 +44,8 @@ class Plan:
     divisor: int
     ranks: tuple[int, ...]
     rounds: int
+    refresh_rounds: int
+    eigenvalues: tuple[tuple[int, int], ...]
     matrices: int
     copy_bytes: int
     product_size: int
@@ -70,6 +77,8 @@ GPU = Plan(
     divisor=1,
     ranks=(128, 256, 512, 1024),
     rounds=15,
+    refresh_rounds=5,
+    eigenvalues=((224, 136), (32, 272)),  # a warm refresh of all matrices at rank 128; a cold one of one batch
     matrices=32,
     copy_bytes=4 * 2**30,
     product_size=8192,
@@ -84,6 +93,8 @@ DRY_RUN = Plan(
     divisor=64,
     ranks=(4, 8, 16, 32),
     rounds=3,
+    refresh_rounds=2,
+    eigenvalues=((4, 12), (2, 32)),
     matrices=4,
     copy_bytes=2**20,
     product_size=128,

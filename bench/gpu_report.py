@@ -29,7 +29,7 @@ Found = Mapping[str, Any]
 
 def _goals(found: Found, plan: Plan) -> list[Goal]:
     units = found["measurements"]
-    return [*gpu_goals.correct(units, plan), *gpu_goals.speed(units, plan)]
+    return [*gpu_goals.correct(units, plan), *gpu_goals.speed(units, plan), *gpu_goals.refresh(units, plan)]
 
 
 def goals(found: Found, plan: Plan) -> list[dict[str, Any]]:

@@ -28,6 +28,8 @@ TEST_FILES = (
     "test_quantize_blockwise.py",
     "test_device_backend.py",
     "test_cuda_device.py",
+    "test_subspace_refresh.py",
+    "test_subspace_batch.py",
 )
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import gpu_check
 import gpu_goals
 import gpu_measure
+import gpu_refresh
 import gpu_stages
 import gpu_watch
 import rivals
@@ -83,14 +84,18 @@ def test_the_rehearsal_measures_everything(rehearsal: Rehearsal) -> None:
     assert {"ours: cpu", "ours: reference", gpu_measure.OPTIMIZER, rivals.TORCH_FUSED, UNFUSED, STRONGEST} <= set(names)
     for name in (UNFUSED, STRONGEST, rivals.TORCH_FUSED):  # nobody else tests that the chains are right steps
         assert (names[name]["status"], names[name]["reason"]) == ("ok", "")
-    for unit in units.values():
+    for unit_name, unit in units.items():
+        rounds = {DRY_RUN.rounds} if unit_name != "refresh r=4" else {1, DRY_RUN.refresh_rounds}
         for result in unit.get("results", []):
             if result["status"] == "ok":
-                assert len(result["samples_ms"]) == DRY_RUN.rounds
+                assert len(result["samples_ms"]) in rounds
                 assert 0 < result["first_quartile_ms"] <= result["median_ms"] <= result["third_quartile_ms"]
                 assert result["host_ms"] > 0
             else:
                 assert result["reason"]
+    refresh = {result["name"]: result["status"] for result in units["refresh r=4"]["results"]}
+    assert len(refresh) == 5 + len(DRY_RUN.eigenvalues)
+    assert set(refresh.values()) == {"ok"}
     for case in units["correctness"]["cases"]:
         assert case["codes_equal"] > 0.99
         assert case["weights_compared"] > 0
@@ -234,6 +239,21 @@ def test_what_was_left_out_is_listed_as_failed(tmp_path: Path) -> None:
     assert by_name[single_name("cpu", False)]["status"] == "ok"
     failures = gpu_goals.failures({session.unit: row, "correctness": correctness()}, DRY_RUN)
     assert failures == [f"layerwise square: {name}: failed: took the process down"]
+
+
+def test_the_refresh_is_measured_beside_a_step(tmp_path: Path) -> None:
+    session = gpu_measure.Session(tmp_path / "state.json", DRY_RUN)
+    session.unit = "limits"
+    session.record(gpu_measure._limits(session))
+    session.unit = "refresh r=4"
+    session.state["without"] = {session.unit: {gpu_refresh.SVD: "took the process down"}}
+    row = gpu_measure.units(DRY_RUN)[session.unit](session)
+    status = {result["name"]: (result["status"], result["reason"]) for result in row["results"]}
+    assert status.pop(gpu_refresh.SVD) == ("failed", "took the process down")
+    assert {"ours: cpu", gpu_refresh.COLD, gpu_refresh.WARM, gpu_refresh.LOWRANK} <= set(status)
+    assert set(status.values()) == {("ok", "")}
+    goals = gpu_goals.refresh({session.unit: row}, DRY_RUN)
+    assert [goal.ours for goal in goals if goal.value is None] == [gpu_refresh.COLD]  # against the decomposition
 
 
 # What other programs say -----------------------------------------------------------------------------------------

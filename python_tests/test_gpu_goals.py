@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import gpu_correctness
 import gpu_goals
+import gpu_refresh
 import gpu_sanitize
 import rivals
 import simt
@@ -63,6 +64,31 @@ def verdict(goals: list[Any], text: str, row: str) -> str:
 def test_a_verdict_flips_where_the_number_passes_the_goal(times: dict[str, float], text: str, expected: str) -> None:
     goals = gpu_goals.speed({"step r=4": step(**times)}, DRY_RUN)
     assert verdict(goals, text, "step r=4") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "ms", "expected"),
+    [
+        (gpu_refresh.COLD, 50.0, "met"),  # 5 steps
+        (gpu_refresh.COLD, 50.1, "missed"),
+        (gpu_refresh.WARM, 20.0, "met"),  # 2
+        (gpu_refresh.WARM, 20.1, "missed"),
+    ],
+)
+def test_a_refresh_is_counted_in_steps(name: str, ms: float, expected: str) -> None:
+    row = step(ours=10.0)
+    row["results"].append({"name": name, "family": "ours", "status": "ok", "median_ms": ms})
+    goals = gpu_goals.refresh({"refresh r=4": row}, DRY_RUN)
+    assert [goal.verdict for goal in goals if goal.ours == name and not goal.at_least] == [expected]
+
+
+@pytest.mark.parametrize(("ms", "expected"), [(5000.0, "met"), (4999.0, "missed")])  # 100 times
+def test_a_refresh_is_compared_with_exact_decompositions(ms: float, expected: str) -> None:
+    row = step(ours=10.0)
+    for name, median in ((gpu_refresh.COLD, 50.0), (gpu_refresh.SVD, ms)):
+        row["results"].append({"name": name, "family": "ours", "status": "ok", "median_ms": median})
+    goals = gpu_goals.refresh({"refresh r=4": row}, DRY_RUN)
+    assert [goal.verdict for goal in goals if goal.at_least] == [expected]
 
 
 def test_a_goal_of_a_unit_that_failed_is_unknown_with_its_reason() -> None:
@@ -146,7 +172,7 @@ def test_wrong_weights_codes_and_random_results_show(
     def planted(change: Callable[[Any], Any]) -> dict[str, Any]:
         def kernel(param: Any, *args: Any) -> None:
             right.kernels["galore_update"](param, *args)
-            change((param, args[3]))
+            change((param, args[4]))
 
         backend = replace(right, name="triton", kernels={"galore_update": kernel})
         monkeypatch.setitem(registry._backends, "triton", backend)

@@ -104,11 +104,12 @@ class _Layers:
     def warm(self, captured: dict[int, float | Tensor]) -> dict[int, Subspace]:
         """From the previous bases: those that captured enough of what ``captured`` says."""
         found, _ = self._batches(list(captured), cold=False)
-        known = [share for share in captured.values() if isinstance(share, Tensor)]
         device = self.grads[0].device
-        values = _read_back([subspace.captured for subspace in found.values()] + [x.to(device) for x in known])
-        shares, expected = values[: len(found)], iter(values[len(found) :])
-        least = {i: next(expected) if isinstance(x, Tensor) else x for i, x in captured.items()}
+        there = {i: x for i, x in captured.items() if isinstance(x, Tensor) and x.device == device}
+        values = _read_back([*(subspace.captured for subspace in found.values()), *there.values()])
+        shares = values[: len(found)]
+        least = {i: float(x) for i, x in captured.items() if i not in there}
+        least |= zip(there, values[len(found) :], strict=True)
         # Of one that no shift factored the share is NaN, and it isn't enough.
         enough = [i for i, share in zip(found, shares, strict=True) if share >= WARM_SHARE * least[i]]
         return {index: found[index] for index in enough}
