@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, galore_param_groups
 from galore_kernels.pretrain.presets import PRESETS
+from galore_kernels.quantizers import BASIS_FORMATS
 
 MODELS = ("60m", "130m", "350m", "1b", "7b")
 COUNTED = "optimizer.state_bytes() on the meta device"
@@ -72,10 +73,27 @@ def counts(name: str) -> list[Count]:
     for cls in (GaLoreFusedAdamW, GaLoreFusedAdam8bit):
         optimizer = cls(galore_param_groups(model, rank=rank))
         found.append((cls.__name__, rank, optimizer.state_bytes(), COUNTED))
+    for basis_format in BASIS_FORMATS:
+        optimizer = GaLoreFusedAdam8bit(galore_param_groups(model, rank=rank, basis_format=basis_format))
+        found.append((f"GaLoreFusedAdam8bit, {basis_format} basis", rank, optimizer.state_bytes(), COUNTED))
     return [
         Count(name, total, label, of_rank, size, 100 * (size / (4 * total) - 1), source)
         for label, of_rank, size, source in found
     ]
+
+
+def projected_counts(name: str) -> list[Count]:
+    """The same of the projected matrices alone, without embedding, head and norms."""
+    model, rank = meta_llama(name), PRESETS[name].rank
+    found = []
+    for basis_format in (None, *BASIS_FORMATS):
+        group = galore_param_groups(model, rank=rank, basis_format=basis_format)[0]
+        total = sum(param.numel() for _, param in group["params"])
+        size = GaLoreFusedAdam8bit([group]).state_bytes()
+        label = "GaLoreFusedAdam8bit" + (f", {basis_format} basis" if basis_format else "")
+        percent = 100 * (size / (4 * total) - 1)
+        found.append(Count(f"{name}, projected matrices", total, label, rank, size, percent, COUNTED))
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -83,8 +101,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Bytes of optimizer state at the papers' Llama shapes.")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
-    found = [count for name in MODELS for count in counts(name)]
-    table = Table(title="optimizer state; weights and bases in bfloat16", title_justify="left")
+    found = [count for name in MODELS for count in counts(name)] + projected_counts("7b")
+    table = Table(title="optimizer state; weights and, unless said, bases in bfloat16", title_justify="left")
     for column in ("model", "optimizer"):
         table.add_column(column)
     for column in ("rank", "GB", "bytes/parameter", "against bf16 Adam"):
