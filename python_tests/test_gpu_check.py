@@ -94,7 +94,7 @@ def test_the_rehearsal_measures_everything(rehearsal: Rehearsal) -> None:
             else:
                 assert result["reason"]
     refresh = {result["name"]: result["status"] for result in units["refresh r=4"]["results"]}
-    assert len(refresh) == 5 + len(DRY_RUN.eigenvalues)
+    assert len(refresh) == 6 + len(DRY_RUN.eigenvalues)
     assert set(refresh.values()) == {"ok"}
     for case in units["correctness"]["cases"]:
         assert case["codes_equal"] > 0.99
@@ -250,7 +250,7 @@ def test_the_refresh_is_measured_beside_a_step(tmp_path: Path) -> None:
     row = gpu_measure.units(DRY_RUN)[session.unit](session)
     status = {result["name"]: (result["status"], result["reason"]) for result in row["results"]}
     assert status.pop(gpu_refresh.SVD) == ("failed", "took the process down")
-    assert {"ours: cpu", gpu_refresh.COLD, gpu_refresh.WARM, gpu_refresh.LOWRANK} <= set(status)
+    assert {"ours: cpu", gpu_refresh.COLD, gpu_refresh.ONE_SEED, gpu_refresh.WARM, gpu_refresh.LOWRANK} <= set(status)
     assert set(status.values()) == {("ok", "")}
     goals = gpu_goals.refresh({session.unit: row}, DRY_RUN)
     assert [goal.ours for goal in goals if goal.value is None] == [gpu_refresh.COLD]  # against the decomposition

@@ -110,6 +110,21 @@ def test_equal_arguments_give_equal_bits(dtype: torch.dtype) -> None:
     assert not torch.equal(first[2].basis, other[2].basis)
 
 
+@pytest.mark.usefixtures("together")
+def test_equal_seeds_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = krylov._drawn
+
+    def spied(rows: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        drawn.append(source.initial_seed())
+        return draw(rows, source)
+
+    monkeypatch.setattr(krylov, "_drawn", spied)
+    first, _, third = find_subspaces(gradients(names=("1/i",)) * 3, RANK, seeds=[7, 8, 7])
+    assert drawn == [7, 8]
+    assert_same(first, third)
+
+
 VIEWS: list[Callable[[Tensor], Tensor]] = [
     lambda grad: grad,
     lambda grad: grad.T.contiguous().T,

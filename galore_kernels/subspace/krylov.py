@@ -27,18 +27,27 @@ def sparse_sign_sketches(matrices: Matrices, count: int, sources: Sequence[torch
     """(N, k, S): sums of the rows of each matrix with random signs, each row in one sum drawn at random; k <= L.
 
     It costs one reading of the matrix, and a copy on the CPU if its rows aren't contiguous. The numbers are drawn where
-    each matrix's source lives.
+    each matrix's source lives; in a batch those of one seed share them, which are then drawn once.
     """
     rows = matrices.shape[0]
-    drawn = []
-    for source in sources:
-        order = torch.randperm(rows, generator=source, device=source.device)
-        drawn.append((order, torch.randint(0, 2, (rows,), generator=source, device=source.device)))
     if in_batches(matrices.device):
-        return _by_dense_product(matrices, count, drawn)
+        numbers: dict[int, tuple[Tensor, Tensor]] = {}
+        for source in sources:
+            if source.initial_seed() not in numbers:
+                numbers[source.initial_seed()] = _drawn(rows, source)
+        return _by_dense_product(matrices, count, [numbers[source.initial_seed()] for source in sources])
     return stacked(
-        [_by_sparse_product(matrix, count, *numbers) for matrix, numbers in zip(matrices.items, drawn, strict=True)]
+        [
+            _by_sparse_product(matrix, count, *_drawn(rows, source))
+            for matrix, source in zip(matrices.items, sources, strict=True)
+        ]
     )
+
+
+def _drawn(rows: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The rows in random order, and of each place in it whether its sign is positive."""
+    order = torch.randperm(rows, generator=source, device=source.device)
+    return order, torch.randint(0, 2, (rows,), generator=source, device=source.device)
 
 
 def _by_sparse_product(matrix: Tensor, count: int, order: Tensor, signs: Tensor) -> Tensor:
@@ -53,18 +62,16 @@ def _by_sparse_product(matrix: Tensor, count: int, order: Tensor, signs: Tensor)
 
 def _by_dense_product(matrices: Matrices, count: int, drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     # Adding rows up by index would need atomics, whose order varies, and a sorted copy of the matrix twice its traffic.
-    codes = []
-    for order, signs in drawn:  # of each row, the sum that it is in and its sign in one number: one copy for all
-        codes.append(torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) % count))
-        codes[-1].mul_(2).add_(torch.empty_like(order).scatter_(0, order, signs))
-    coded = torch.stack(codes)
+    rows = matrices.shape[0]
+    coded = torch.stack([order for order, _ in drawn]).mul_(2).add_(torch.stack([signs for _, signs in drawn]))
     if matrices.device.type == "cuda" and coded.device.type == "cpu":
         coded = coded.pin_memory()  # else the host would wait for the copy
-    coded = coded.to(matrices.device, non_blocking=True)[:, None]
-    sums = coded.new_zeros(len(drawn), count, matrices.shape[0], dtype=matrices.dtype)
-    sums.scatter_(1, coded >> 1, ((coded & 1) * 2 - 1).to(matrices.dtype))
+    coded = coded.to(matrices.device, non_blocking=True)
+    places = torch.arange(rows, device=matrices.device) % count * rows + (coded >> 1)
+    sums = coded.new_zeros(len(drawn), count * rows, dtype=matrices.dtype)
+    sums.scatter_(1, places, ((coded & 1) * 2 - 1).to(matrices.dtype))
     sketches = sums.new_empty(len(drawn), count, matrices.shape[1], dtype=torch.float32)
-    matrices.multiplied_by(sums, out=sketches)
+    matrices.multiplied_by(sums.view(len(drawn), count, rows), out=sketches)
     return sketches
 
 

@@ -125,7 +125,8 @@ def find_subspaces(
 
     Args:
         grads: any number of (L, S), each with strides of its own.
-        previous, captured, seeds: one for each of them, or None; a None within ``captured`` is a cold start.
+        previous, captured, seeds: one for each of them, or None; a None within ``captured`` is a cold start. Not on a
+            CPU, equal seeds share their random numbers: drawing others takes the host 0.05 to 0.1 ms for each.
 
     Raises:
         TypeError, ValueError: as ``find_subspace``; gradients that differ in shape, dtype or device; other arguments
