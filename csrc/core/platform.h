@@ -18,7 +18,8 @@ namespace gk {
 // Every matrix, state and file format of the library counts its elements in 64 bits.
 using index_t = std::int64_t;
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+// int8 and int4 are the codes of a quantized basis; int4 has two to a byte (galore_kernels/quantizers/basis.py).
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int4 = 4 };
 
 // Long-major orientation: side right projects columns (S = cols, L = rows), side left projects rows.
 enum class Side : int { right = 0, left = 1 };
