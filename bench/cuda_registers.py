@@ -88,6 +88,7 @@ _ENTRY = re.compile(
 )
 _TEMPLATE = {"(gk::DType)0": "float32", "(gk::DType)1": "bfloat16", "(gk::DType)2": "float16"}
 _SIDES = {"(gk::Side)0": "right", "(gk::Side)1": "left"}
+_CODED = {"true": "quantized basis", "false": ""}  # the only bool of a kernel's template
 
 
 def demangled(symbols: list[str]) -> list[tuple[str, str]]:
@@ -99,7 +100,8 @@ def demangled(symbols: list[str]) -> list[tuple[str, str]]:
         if found is None:
             raise SystemExit(f"{line}: expected the name of a kernel to end in _kernel")
         arguments = [argument.strip() for argument in (found[2] or "").split(",") if argument]
-        names.append((found[1], ", ".join({**_TEMPLATE, **_SIDES}.get(a, a) for a in arguments)))
+        named = [{**_TEMPLATE, **_SIDES, **_CODED}.get(a, a) for a in arguments]
+        names.append((found[1], ", ".join(filter(None, named))))
     return names
 
 

@@ -178,4 +178,17 @@ def cuda_quantize_blockwise(
 def cuda_dequantize_blockwise(
     codes: int, absmax: int, n: int, signed: bool, out: int, device: int, stream: int
 ) -> None: ...
+def cuda_rotate_moments(
+    source: tuple[int, int, int, int],
+    target: tuple[int, int, int, int],
+    rows: int,
+    rank: int,
+    new_rank: int,
+    rotation: int,
+    step: int,
+    beta1: float,
+    beta2: float,
+    device: int,
+    stream: int,
+) -> None: ...
 def cuda_launch_shapes() -> dict[str, tuple[int, int]]: ...

@@ -75,7 +75,7 @@ def splits(pipeline: Pipeline, problems: list[Problem]) -> int:
 
 def solved(pipeline: Pipeline, p: Problem) -> tuple[Tensor, AdamState]:
     param, state = p.param.clone(), clone(p.state)
-    pipeline.galore_update(param, p.grad, p.basis, None, state, p.options, p.side, p.scale)
+    pipeline.galore_update(param, p.grad, p.basis, None, None, state, p.options, p.side, p.scale)
     return param, state
 
 
@@ -186,7 +186,7 @@ def test_a_group_is_its_matrices(
         update(grads, replace(problems[0].options, lr=lr))
         for i, (p, (param, state)) in enumerate(zip(problems, expected, strict=True)):
             own = replace(p.options, lr=lr, rounding_seed=None if seeds is None else seeds[i])
-            pipeline.galore_update(param, grads[i], p.basis, None, state, own, p.side, p.scale)
+            pipeline.galore_update(param, grads[i], p.basis, None, None, state, own, p.side, p.scale)
             assert_same_bits(group.params[i], param, f"param {i}, step {step}")
             assert_same_state(group.states[i], state)
 

@@ -85,6 +85,19 @@ struct CodedMoment {
     }
 };
 
+// Both moments of the block. Those that are not 8-bit lie where the codes would.
+__device__ __forceinline__ void store_moments(const float (&m)[kEight], const float (&v)[kEight],
+                                              const CodedMoment& coded_m, const CodedMoment& coded_v, bool eight_bit,
+                                              index_t block, index_t first, index_t count, bool vector, int lane) {
+    if (eight_bit) {
+        coded_m.store(m, block, first, count, vector, lane);
+        coded_v.store(v, block, first, count, vector, lane);
+    } else {
+        store8(coded_m.codes, m, first, count, DType::float32, vector);
+        store8(coded_v.codes, v, first, count, DType::float32, vector);
+    }
+}
+
 // Updates the moments of block `block` of a tensor of `total` elements with the lane's gradients g, which are scaled
 // and signed, and 0 beyond the end. u is what moves the weights; it comes from the new moments before they are rounded
 // to codes. All lanes of the warp call it.
@@ -110,13 +123,7 @@ __device__ __forceinline__ void update_moments(float (&u)[kEight], const float (
         v[k] = adam_second_moment(v[k], g[k], c);
         u[k] = adam_direction(m[k], sqrtf(v[k]), c);
     }
-    if (batch.eight_bit) {
-        coded_m.store(m, block, first, count, batch.aligned, lane);
-        coded_v.store(v, block, first, count, batch.aligned, lane);
-    } else {
-        store8(row.m, m, first, count, DType::float32, batch.aligned);
-        store8(row.v, v, first, count, DType::float32, batch.aligned);
-    }
+    store_moments(m, v, coded_m, coded_v, batch.eight_bit, block, first, count, batch.aligned, lane);
 }
 
 // By one thread of a tensor's launch, once.

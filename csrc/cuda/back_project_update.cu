@@ -11,7 +11,7 @@ constexpr int kStages = 3;
 constexpr int kSharedBytes = kStages * 2 * kOperandBytes;
 static_assert(kProductBytes <= kSharedBytes);
 
-template <DType kind>
+template <DType kind, bool coded>
 __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
     back_project_update_kernel(Batch batch, const Control* control, const void* direction, DType direction_dtype) {
     using O = Operand<kind>;
@@ -39,8 +39,18 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
         if (i < count) {
             unsigned char* stage = shared_memory() + i % kStages * 2 * kOperandBytes;
             const index_t rank0 = i * O::kDepth;
-            load_tile<kind, kTileEdge, O::kRowChunks>(stage, first, weight_row0, rank0);
-            load_tile<kind, kTileEdge, O::kRowChunks>(stage + kOperandBytes, second, weight_column0, rank0);
+            if constexpr (coded) {  // one copy of the conversion, whichever operand it fills
+                const MatrixView factor{own_direction, direction_dtype, batch.long_size(), batch.rank, batch.aligned};
+                const MatrixView basis{row.basis, batch.basis_dtype, batch.short_size(), batch.rank, batch.aligned};
+                const int basis_place = right ? kOperandBytes : 0;
+                load_tile<kind, kTileEdge, O::kRowChunks>(stage + (kOperandBytes - basis_place), factor,
+                                                          right ? weight_row0 : weight_column0, rank0);
+                load_basis_tile<kind, true, kTileEdge, O::kRowChunks>(stage + basis_place, basis,
+                                                                      right ? weight_column0 : weight_row0, rank0);
+            } else {
+                load_tile<kind, kTileEdge, O::kRowChunks>(stage, first, weight_row0, rank0);
+                load_tile<kind, kTileEdge, O::kRowChunks>(stage + kOperandBytes, second, weight_column0, rank0);
+            }
         }
         commit_copies();
     };
@@ -74,16 +84,21 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
     }
 }
 
+template <DType kind>
+auto kernel_for(DType basis_dtype) {
+    return is_coded(basis_dtype) ? back_project_update_kernel<kind, true> : back_project_update_kernel<kind, false>;
+}
+
 }  // namespace
 
 const LaunchShape kBackProjectUpdateShape{"back_project_update", kTileThreads, kSharedBytes};
 
 cudaError_t back_project_update(const Batch& batch, const Control* control, const void* direction,
                                 DType direction_dtype, const Queue& queue) {
-    const DType kind = product_kind(batch.basis_dtype, direction_dtype);
-    const auto kernel = kind == DType::bfloat16  ? back_project_update_kernel<DType::bfloat16>
-                        : kind == DType::float16 ? back_project_update_kernel<DType::float16>
-                                                 : back_project_update_kernel<DType::float32>;
+    const DType kind = product_kind(direction_dtype, batch.basis_dtype);
+    const auto kernel = kind == DType::bfloat16  ? kernel_for<DType::bfloat16>(batch.basis_dtype)
+                        : kind == DType::float16 ? kernel_for<DType::float16>(batch.basis_dtype)
+                                                 : kernel_for<DType::float32>(batch.basis_dtype);
     const index_t tiles = batch.count * tiles_along(batch.rows) * tiles_along(batch.cols);
     if (tiles == 0) return cudaSuccess;
     return launch(kernel, Grid{tiles, kTileThreads, kSharedBytes}, queue, batch, control, direction, direction_dtype);

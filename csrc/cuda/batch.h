@@ -14,13 +14,16 @@ struct TensorRow {
     void* v;
     float* m_absmax;
     float* v_absmax;
-    const float* basis_scale;  // of the columns, if the basis is quantized
+    const float* basis_scale;  // of the columns; null unless the basis is quantized
     float* step;
     index_t* skipped;
     std::uint64_t seed;
     const void* grad;
 };
 static_assert(sizeof(TensorRow) == 11 * sizeof(std::int64_t), "a row of the table is eleven int64");
+
+// Whether a basis of that dtype is quantized.
+GK_HOST_DEVICE bool is_coded(DType basis_dtype) { return basis_dtype == DType::int8 || basis_dtype == DType::int4; }
 
 struct Batch {
     const TensorRow* table;  // on the device; null: the one row travels with the launch

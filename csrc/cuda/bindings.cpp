@@ -17,6 +17,7 @@ using gk::DType;
 using gk::index_t;
 using gk::cuda::Batch;
 using gk::cuda::Control;
+using gk::cuda::MomentMatrix;
 using gk::cuda::Queue;
 using gk::cuda::Scalar;
 using gk::cuda::TensorRow;
@@ -33,6 +34,14 @@ DType dtype_of(const char* name, int code) {
     if (code < 0 || code > 2) {
         throw std::invalid_argument(std::string(name) + "=" + std::to_string(code) +
                                     ": expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+    }
+    return static_cast<DType>(code);
+}
+
+DType basis_dtype_of(int code) {
+    if (code < 0 || code > 4) {
+        throw std::invalid_argument("basis_dtype=" + std::to_string(code) +
+                                    ": expected 0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (int4)");
     }
     return static_cast<DType>(code);
 }
@@ -68,10 +77,15 @@ Batch make_batch(Address table, const std::array<Address, 11>& row, index_t coun
                  static_cast<gk::Side>(side),
                  dtype_of("weight_dtype", weight_dtype),
                  dtype_of("grad_dtype", grad_dtype),
-                 dtype_of("basis_dtype", basis_dtype),
+                 basis_dtype_of(basis_dtype),
                  eight_bit,
                  stochastic,
                  aligned};
+}
+
+MomentMatrix moments_of(const std::array<Address, 4>& a, index_t rows, int rank) {
+    return MomentMatrix{
+        pointer<void>(a[0]), pointer<void>(a[1]), pointer<float>(a[2]), pointer<float>(a[3]), rows, rank};
 }
 
 // Calls a launcher without the interpreter's lock: a launch waits where the stream's queue is full.
@@ -204,7 +218,7 @@ void bind_cuda(py::module_& module) {
             for (const cuda::LaunchShape* shape :
                  {&cuda::kWriteColumnShape, &cuda::kPrepareShape, &cuda::kProjectShape, &cuda::kScaleAndCheckShape,
                   &cuda::kLowrankAdamShape, &cuda::kBackProjectUpdateShape, &cuda::kAdamUpdateShape,
-                  &cuda::kGaloreUpdateShape, &cuda::kQuantizeBlockwiseShape}) {
+                  &cuda::kGaloreUpdateShape, &cuda::kQuantizeBlockwiseShape, &cuda::kRotateMomentsShape}) {
                 shapes[shape->stage] = py::make_tuple(shape->threads, shape->shared_bytes);
             }
             return shapes;
@@ -231,4 +245,17 @@ void bind_cuda(py::module_& module) {
         },
         "codes"_a, "absmax"_a, "n"_a, "signed"_a, "out"_a, "device"_a, "stream"_a,
         "dequantize_blockwise on the GPU, asynchronous on the stream.");
+    module.def(
+        "cuda_rotate_moments",
+        [](const std::array<Address, 4>& source, const std::array<Address, 4>& target, index_t rows, int rank,
+           int new_rank, Address rotation, Address step, double beta1, double beta2, int device, Address stream) {
+            if (rows < 0 || rank < 1 || new_rank < 1) throw std::invalid_argument("rows, rank, new_rank: too small");
+            run("rotate_moments", [&] {
+                return gk::cuda::rotate_moments(moments_of(source, rows, rank), moments_of(target, rows, new_rank),
+                                                pointer<const float>(rotation), pointer<const float>(step), beta1,
+                                                beta2, queue_of(device, stream));
+            });
+        },
+        "source"_a, "target"_a, "rows"_a, "rank"_a, "new_rank"_a, "rotation"_a, "step"_a, "beta1"_a, "beta2"_a,
+        "device"_a, "stream"_a, "source, target: m, v and their absmax, 0 for fp32; rotation (rank, new_rank).");
 }

@@ -28,7 +28,7 @@ static_assert(kHalfPanel * kRankMultiple % kQuantBlock == 0);
 static_assert(kHalfPanel * kTileEdge * sizeof(float) <= kRegionBytes && sizeof(CodeTables) <= kRegionBytes / 2);
 
 // What the stages of one panel share.
-template <DType kind, Side side>
+template <DType kind, Side side, bool coded>
 struct Panel {
     static constexpr bool kLeft = side == Side::left;
     using O = Operand<kind>;
@@ -45,7 +45,7 @@ struct Panel {
         return {data, kind, batch.rows, batch.cols, true};
     }
     __device__ __forceinline__ MatrixView basis() const {
-        return {row().basis, kind, batch.short_size(), batch.rank, true};
+        return {row().basis, coded ? batch.basis_dtype : kind, batch.short_size(), batch.rank, true};
     }
     __device__ __forceinline__ int short_tiles() const {
         return static_cast<int>(divide_up(batch.short_size(), kShortTile));
@@ -62,14 +62,15 @@ struct Panel {
         }
     }
     __device__ __forceinline__ void load_basis(unsigned char* tile, const MatrixView& basis, int i) const {
-        load_tile<kind, kShortTile, kDirectionChunks>(tile, basis, static_cast<index_t>(i) * kShortTile, 0);
+        load_basis_tile<kind, coded, kShortTile, kDirectionChunks>(tile, basis, static_cast<index_t>(i) * kShortTile,
+                                                                   0);
     }
 };
 
 // R of the panel, in the accumulators of eight warps: two by four parts of 64 x 32.
-template <DType kind, Side side>
-__device__ __forceinline__ void project_panel(const Panel<kind, side>& panel, Accumulators<4, 4>& sums) {
-    using P = Panel<kind, side>;
+template <DType kind, Side side, bool coded>
+__device__ __forceinline__ void project_panel(const Panel<kind, side, coded>& panel, Accumulators<4, 4>& sums) {
+    using P = Panel<kind, side, coded>;
     const int count = panel.short_tiles(), column0 = panel.warp % 4 * 32;
     const MatrixView grad = panel.matrix(panel.row().grad), basis = panel.basis();
     const auto load = [&](int i) {
@@ -91,6 +92,22 @@ __device__ __forceinline__ void project_panel(const Panel<kind, side>& panel, Ac
         using First = Layout<P::kLeft, P::kLeft ? P::O::kTransposedChunks : P::O::kRowChunks>;
         multiply_tiles<kind, First, Layout<true, kDirectionChunks>, kShortTile / 16>(sums, stage, stage + kOperandBytes,
                                                                                      panel.warp / 4 * 64, column0);
+    }
+}
+
+// Multiplies R by the scales of the columns that the basis has codes of.
+template <DType kind, Side side>
+__device__ __forceinline__ void scale_columns(const Panel<kind, side, true>& panel, Accumulators<4, 4>& sums) {
+    const int column0 = panel.warp % 4 * 32, lane = threadIdx.x % kWarp;
+    const float own = column0 + lane < panel.batch.rank ? panel.row().basis_scale[column0 + lane] : 0.0f;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float scale = __shfl_sync(0xFFFFFFFFu, own, n * 8 + lane % 4 * 2 + i);
+#pragma unroll
+            for (int m = 0; m < 4; ++m) sums[m][n][i] *= scale, sums[m][n][i + 2] *= scale;
+        }
     }
 }
 
@@ -125,8 +142,8 @@ __device__ __forceinline__ bool agree_to_skip(Accumulators<4, 4>& sums, Control*
 }
 
 // R to shared memory as it lies in the moments.
-template <DType kind, Side side>
-__device__ __forceinline__ void store_lowrank(const Panel<kind, side>& panel, const Accumulators<4, 4>& sums) {
+template <DType kind, Side side, bool coded>
+__device__ __forceinline__ void store_lowrank(const Panel<kind, side, coded>& panel, const Accumulators<4, 4>& sums) {
     const int lane = threadIdx.x % kWarp, rank = panel.batch.rank;
     float* half = reinterpret_cast<float*>(panel.region(panel.warp / 4));
     const int column0 = panel.warp % 4 * 32 + lane % 4 * 2;
@@ -143,8 +160,9 @@ __device__ __forceinline__ void store_lowrank(const Panel<kind, side>& panel, co
 }
 
 // Moments and direction of half a panel, a warp to a block.
-template <DType kind, Side side>
-__device__ __forceinline__ void update_half_moments(const Panel<kind, side>& panel, const Control* control, int half) {
+template <DType kind, Side side, bool coded>
+__device__ __forceinline__ void update_half_moments(const Panel<kind, side, coded>& panel, const Control* control,
+                                                    int half) {
     const Batch& batch = panel.batch;
     const TensorRow row = panel.row();
     const AdamCoefficients c = control->coefficients;
@@ -167,6 +185,7 @@ __device__ __forceinline__ void update_half_moments(const Panel<kind, side>& pan
         float g[kEight], u[kEight];
         load8(g, lowrank, element, kEight, DType::float32, true);
         update_moments(u, g, row, batch, first_block + block, c, tables);
+        if constexpr (coded) multiply8(u, row.basis_scale, element % rank, kEight, true);
         std::uint32_t bits[kEight];
 #pragma unroll
         for (int k = 0; k < kEight; ++k) bits[k] = to_bits16(u[k], kind);
@@ -224,9 +243,9 @@ __device__ __forceinline__ void update_tile_weights(unsigned char* weights, cons
 
 // The panel's slab of the weight, 64 short indices at a time: products in the accumulators of eight warps, each of a
 // part of 32 x 32; weights changed in shared memory, and from there written in whole chunks.
-template <DType kind, Side side>
-__device__ __forceinline__ void update_panel_weights(const Panel<kind, side>& panel, const Control* control) {
-    using P = Panel<kind, side>;
+template <DType kind, Side side, bool coded>
+__device__ __forceinline__ void update_panel_weights(const Panel<kind, side, coded>& panel, const Control* control) {
+    using P = Panel<kind, side, coded>;
     const Batch& batch = panel.batch;
     const int count = panel.short_tiles();
     const int rank_steps = (batch.rank + 15) / 16;
@@ -280,18 +299,19 @@ __device__ __forceinline__ void update_panel_weights(const Panel<kind, side>& pa
     }
 }
 
-template <DType kind, Side side>
+template <DType kind, Side side, bool coded>
 __global__ void __launch_bounds__(kTileThreads, 2) galore_update_kernel(Batch batch, Control* control) {
     const auto panels = static_cast<std::uint32_t>(tiles_along(batch.long_size()));
     const std::uint32_t all = panels * static_cast<std::uint32_t>(batch.count);
     for (std::uint32_t item = blockIdx.x; item < all; item += gridDim.x) {
         const std::uint32_t tensor = item / panels, index = item % panels;
         if (control[tensor].skip != 0) continue;  // found_inf: all panels see it
-        const Panel<kind, side> panel{batch, tensor, static_cast<index_t>(index) * kTileEdge,
-                                      static_cast<int>(threadIdx.x / kWarp)};
+        const Panel<kind, side, coded> panel{batch, tensor, static_cast<index_t>(index) * kTileEdge,
+                                             static_cast<int>(threadIdx.x / kWarp)};
         Control* own = control + tensor;
         Accumulators<4, 4> sums;
         project_panel(panel, sums);
+        if constexpr (coded) scale_columns(panel, sums);
         const bool skip = agree_to_skip(sums, own, panels);
         if (index == 0 && threadIdx.x == 0) count_step(panel.row(), skip ? kSkipGradient : 0);
         if (skip) continue;
@@ -302,14 +322,20 @@ __global__ void __launch_bounds__(kTileThreads, 2) galore_update_kernel(Batch ba
     }
 }
 
-template <DType kind>
+template <DType kind, bool coded>
 auto kernel_for(Side side) {
-    return side == Side::left ? galore_update_kernel<kind, Side::left> : galore_update_kernel<kind, Side::right>;
+    return side == Side::left ? galore_update_kernel<kind, Side::left, coded>
+                              : galore_update_kernel<kind, Side::right, coded>;
+}
+
+template <bool coded>
+auto kernel_for(const Batch& batch) {
+    return batch.weight_dtype == DType::bfloat16 ? kernel_for<DType::bfloat16, coded>(batch.side)
+                                                 : kernel_for<DType::float16, coded>(batch.side);
 }
 
 auto kernel_for(const Batch& batch) {
-    return batch.weight_dtype == DType::bfloat16 ? kernel_for<DType::bfloat16>(batch.side)
-                                                 : kernel_for<DType::float16>(batch.side);
+    return is_coded(batch.basis_dtype) ? kernel_for<true>(batch) : kernel_for<false>(batch);
 }
 
 // Blocks that the device runs at once; 0 if it can't say, or can't launch cooperatively.
@@ -330,7 +356,8 @@ index_t blocks_at_once(const Batch& batch, int device) {
 const LaunchShape kGaloreUpdateShape{"galore_update", kTileThreads, kSharedBytes};
 
 bool in_one_pass(const Batch& batch, int device) {
-    const bool one_dtype = batch.weight_dtype == batch.grad_dtype && batch.grad_dtype == batch.basis_dtype;
+    const bool one_dtype = batch.weight_dtype == batch.grad_dtype &&
+                           batch.weight_dtype == product_kind(batch.grad_dtype, batch.basis_dtype);
     if (!batch.aligned || !one_dtype || batch.weight_dtype == DType::float32) return false;
     if (batch.rank > kTileEdge || batch.rank % kRankMultiple != 0) return false;
     const index_t panels = tiles_along(batch.long_size()), at_once = blocks_at_once(batch, device);

@@ -15,7 +15,7 @@ struct LaunchShape {
 };
 
 extern const LaunchShape kWriteColumnShape, kPrepareShape, kProjectShape, kScaleAndCheckShape, kLowrankAdamShape,
-    kBackProjectUpdateShape, kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape;
+    kBackProjectUpdateShape, kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape, kRotateMomentsShape;
 
 // Whether the device and its driver can run the kernels: what asking for one gives.
 cudaError_t usable(int device);
@@ -39,8 +39,8 @@ cudaError_t write_column(std::uint64_t* table, index_t columns, index_t column, 
 
 cudaError_t prepare(const Batch& batch, const StepScalars& scalars, Control* control, const Queue& queue);
 
-// The kind of arithmetic for the product of two matrices: see tile.h.
-DType product_kind(DType a, DType b);
+// The kind of arithmetic for the product of a matrix and a basis: see tile.h. Codes are exact in every dtype.
+DType product_kind(DType dtype, DType basis_dtype);
 
 // lowrank (count, long * rank) = the projected gradients. `final`: scaled, signed, and the skip flags set. With several
 // splits of the short dimension, partial (splits, count, long * rank) holds their sums in between.
@@ -63,6 +63,20 @@ cudaError_t adam_update(const Batch& batch, Control* control, const Queue& queue
 // Whether galore_update takes the batch, and fills the device with it.
 bool in_one_pass(const Batch& batch, int device);
 cudaError_t galore_update(const Batch& batch, Control* control, const Queue& queue);
+
+// Both moments of an (L, r) gradient: 8-bit with an absmax for each block, or fp32 with null for both.
+struct MomentMatrix {
+    void* m;
+    void* v;
+    float* m_absmax;
+    float* v_absmax;
+    index_t rows;
+    int rank;
+};
+
+// target's moments = source's in another basis; rotation (r, r'). Both are 8-bit, or both fp32.
+cudaError_t rotate_moments(const MomentMatrix& source, const MomentMatrix& target, const float* rotation,
+                           const float* step, double beta1, double beta2, const Queue& queue);
 
 cudaError_t quantize_blockwise(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes,
                                float* absmax, const Queue& queue);

@@ -83,6 +83,9 @@ inline int device_attribute(int device, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
+// What vector loads and stores need of an address.
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
+
 GK_HOST_DEVICE constexpr index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
 }  // namespace gk::cuda

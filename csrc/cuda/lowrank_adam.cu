@@ -16,7 +16,8 @@ index_t blocks_for(index_t elements) {
     return blocks < 1 ? 1 : (blocks < kMaxBlocks ? blocks : kMaxBlocks);  // a tensor without elements counts its step
 }
 
-// direction may be lowrank itself: a lane writes what it has read.
+// direction may be lowrank itself: a lane writes what it has read. coded: of a quantized basis.
+template <bool coded>
 __global__ void __launch_bounds__(kThreads)
     lowrank_adam_kernel(Batch batch, const Control* control, const float* lowrank, void* direction,
                         DType direction_dtype, int blocks_each) {
@@ -41,6 +42,14 @@ __global__ void __launch_bounds__(kThreads)
         float g[kEight], u[kEight];
         load8(g, lowrank, offset + first, count, DType::float32, vector);
         update_moments(u, g, row, batch, block, c, tables);
+        if constexpr (coded) {
+            int column = static_cast<int>(first % batch.rank);
+#pragma unroll
+            for (int k = 0; k < kEight; ++k) {
+                u[k] *= row.basis_scale[column];
+                column = column + 1 == batch.rank ? 0 : column + 1;
+            }
+        }
         store8(direction, u, offset + first, count, direction_dtype, vector);
     }
 }
@@ -74,8 +83,9 @@ const LaunchShape kScaleAndCheckShape{"scale_and_check", kThreads, 0};
 cudaError_t lowrank_adam(const Batch& batch, const Control* control, const float* lowrank, void* direction,
                          DType direction_dtype, const Queue& queue) {
     const index_t blocks = blocks_for(batch.moments);
-    return launch(lowrank_adam_kernel, Grid{blocks * batch.count, kThreads, sizeof(CodeTables)}, queue, batch, control,
-                  lowrank, direction, direction_dtype, static_cast<int>(blocks));
+    const auto kernel = is_coded(batch.basis_dtype) ? lowrank_adam_kernel<true> : lowrank_adam_kernel<false>;
+    return launch(kernel, Grid{blocks * batch.count, kThreads, sizeof(CodeTables)}, queue, batch, control, lowrank,
+                  direction, direction_dtype, static_cast<int>(blocks));
 }
 
 cudaError_t scale_and_check(const void* source, DType dtype, int splits, index_t count, index_t elements, bool scaled,

@@ -11,7 +11,7 @@ constexpr int kSharedBytes = kStages * 2 * kOperandBytes;
 // A split that sums less than this many bytes of a gradient's row is not worth its partial result.
 constexpr int kLeastTilesInSplit = 8;
 
-template <DType kind, Side side>
+template <DType kind, Side side, bool coded>
 __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
     project_kernel(Batch batch, Control* control, float* out, bool final, int splits) {
     using O = Operand<kind>;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
             } else {
                 load_tile<kind, kTileEdge, O::kRowChunks>(stage, grad, long0, short0);
             }
-            load_tile<kind, O::kDepth, O::kTransposedChunks>(stage + kOperandBytes, basis, short0, rank0);
+            load_basis_tile<kind, coded, O::kDepth, O::kTransposedChunks>(stage + kOperandBytes, basis, short0, rank0);
         }
         commit_copies();  // also where there was nothing: waiting counts groups
     };
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
         if (long0 + r >= long_size || there <= 0) continue;
         float x[kEight];
         load_products8(x, products, r, c);
+        if constexpr (coded) multiply8(x, row.basis_scale, rank0 + c, there, vector);
 #pragma unroll
         for (int k = 0; k < kEight; ++k) {
             x[k] *= scale;
@@ -91,9 +92,14 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
     if (__syncthreads_or(scaled && bad) && threadIdx.x == 0) atomicOr(&control[tensor].skip, kSkipGradient);
 }
 
-template <DType kind>
+template <DType kind, bool coded>
 auto kernel_for(Side side) {
-    return side == Side::left ? project_kernel<kind, Side::left> : project_kernel<kind, Side::right>;
+    return side == Side::left ? project_kernel<kind, Side::left, coded> : project_kernel<kind, Side::right, coded>;
+}
+
+template <DType kind>
+auto kernel_for(const Batch& batch) {
+    return is_coded(batch.basis_dtype) ? kernel_for<kind, true>(batch.side) : kernel_for<kind, false>(batch.side);
 }
 
 index_t tiles_of(const Batch& batch) { return batch.count * tiles_along(batch.long_size()) * tiles_along(batch.rank); }
@@ -102,7 +108,9 @@ index_t tiles_of(const Batch& batch) { return batch.count * tiles_along(batch.lo
 
 const LaunchShape kProjectShape{"project", kTileThreads, kSharedBytes};
 
-DType product_kind(DType a, DType b) { return a == b ? a : DType::float32; }
+DType product_kind(DType dtype, DType basis_dtype) {
+    return dtype == basis_dtype || is_coded(basis_dtype) ? dtype : DType::float32;
+}
 
 int project_splits(const Batch& batch, int device) {
     const index_t wanted = 2 * device_attribute(device, cudaDevAttrMultiProcessorCount);
@@ -117,9 +125,9 @@ int project_splits(const Batch& batch, int device) {
 cudaError_t project(const Batch& batch, Control* control, float* lowrank, bool final, int splits, float* partial,
                     const Queue& queue) {
     const DType kind = product_kind(batch.grad_dtype, batch.basis_dtype);
-    const auto kernel = kind == DType::bfloat16  ? kernel_for<DType::bfloat16>(batch.side)
-                        : kind == DType::float16 ? kernel_for<DType::float16>(batch.side)
-                                                 : kernel_for<DType::float32>(batch.side);
+    const auto kernel = kind == DType::bfloat16  ? kernel_for<DType::bfloat16>(batch)
+                        : kind == DType::float16 ? kernel_for<DType::float16>(batch)
+                                                 : kernel_for<DType::float32>(batch);
     const Grid grid{tiles_of(batch) * splits, kTileThreads, kSharedBytes};
     if (grid.blocks == 0) return cudaSuccess;
     const cudaError_t launched =

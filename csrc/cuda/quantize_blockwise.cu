@@ -15,8 +15,6 @@ index_t grid_for(index_t n) {
     return blocks < kMaxGrid ? blocks : kMaxGrid;
 }
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
-
 __device__ __forceinline__ CodedMoment coded(void* codes, float* absmax, bool is_signed, const CodeTables* tables) {
     return CodedMoment{codes, absmax, is_signed ? &tables->first : &tables->second, is_signed};
 }

@@ -8,9 +8,10 @@
 // Two kinds of arithmetic. 16-bit operands of one dtype go to the matrix units as they are. Everything else is fp32 in
 // shared memory, and each fp32 number the sum of three bf16 numbers (8 + 8 + 8 significant bits): of the nine products
 // the six largest are added, which leaves an error of a few 2^-24, at the cost that three tf32 products would have,
-// whose splitting in two leaves 2^-22. The matrix units cut off what an accumulator has no bits for (Ootomo
-// and Yokota 2022, "Recovering single precision accuracy from Tensor Cores"), which in a long sum is a bias far above
-// that: the products of sixteen indices are summed there, and the sums of these by ordinary additions.
+// whose splitting in two leaves 2^-22. A quantized basis becomes whole numbers of either kind when it is loaded. The
+// matrix units cut off what an accumulator has no bits for (Ootomo and Yokota 2022, "Recovering single precision
+// accuracy from Tensor Cores"), which in a long sum is a bias far above that: the products of sixteen indices are
+// summed there, and the sums of these by ordinary additions.
 #pragma once
 
 #include <type_traits>
@@ -49,12 +50,12 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
     return (row * kChunks + (chunk ^ (row & 7))) * kChunkBytes;
 }
 
-// A row-major matrix in global memory.
+// A row-major matrix in global memory; a row of int4 codes begins with a byte.
 struct MatrixView {
     const void* data;
     DType dtype;
     index_t rows, cols;
-    bool aligned;  // address and rows are multiples of 16 bytes
+    bool aligned;  // address and rows are multiples of 16 bytes; rows of codes have a multiple of eight
 };
 
 // A number of elements left, as far as a tile is concerned: half the registers.
@@ -100,6 +101,89 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const MatrixView&
             }
         }
         first += kRowsAtOnce * matrix.cols;
+    }
+}
+
+namespace detail {
+
+// kCount codes from `first` of a row on, of which `count` are there: kBits each, the others 0.
+template <int kBits, int kCount>
+__device__ __forceinline__ void load_code_words(std::uint32_t (&words)[2], const unsigned char* row, int first,
+                                                int count, bool vector) {
+    static_assert(kCount == 4 || kCount == 8);
+    words[0] = words[1] = 0;
+    if (vector) {
+        if (count <= 0) return;
+        const unsigned char* from = row + first * kBits / 8;
+        if constexpr (kBits * kCount == 64) {
+            const uint2 both = *reinterpret_cast<const uint2*>(from);
+            words[0] = both.x, words[1] = both.y;
+        } else if constexpr (kBits * kCount == 32) {
+            words[0] = *reinterpret_cast<const std::uint32_t*>(from);
+        } else {
+            words[0] = *reinterpret_cast<const std::uint16_t*>(from);
+        }
+        return;
+    }
+    constexpr int kInWord = 32 / kBits, kInByte = 8 / kBits;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        if (k >= count) continue;
+        const std::uint32_t byte = row[(first + k) / kInByte];
+        const std::uint32_t code = (byte >> ((first + k) % kInByte * kBits)) & ((1u << kBits) - 1);
+        words[k / kInWord] |= code << (k % kInWord * kBits);
+    }
+}
+
+// A chunk of whole numbers, to a multiple of 16 bytes.
+template <DType kind, int kBits>
+__device__ __forceinline__ void store_codes(unsigned char* place, const std::uint32_t (&words)[2]) {
+    constexpr int kCount = Operand<kind>::kPerChunk, kInWord = 32 / kBits;
+    float x[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = whole_number<kBits>(words[k / kInWord], k % kInWord);
+    if constexpr (Operand<kind>::kIs16Bit) {
+        std::uint32_t bits[kCount];
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) bits[k] = whole_to_bits16<kind>(x[k]);
+        *reinterpret_cast<uint4*>(place) = pack8(bits);
+    } else {
+        *reinterpret_cast<float4*>(place) = make_float4(x[0], x[1], x[2], x[3]);
+    }
+}
+
+template <DType kind, int kBits, int kRows, int kChunks>
+__device__ __forceinline__ void load_codes(unsigned char* tile, const MatrixView& matrix, index_t row0, index_t col0) {
+    constexpr int kPerChunk = Operand<kind>::kPerChunk;
+    constexpr int kRowsAtOnce = kTileThreads / kChunks, kRounds = kRows / kRowsAtOnce;
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    unsigned char* to = tile + chunk_offset<kChunks>(row, chunk);
+    const index_t pitch = (matrix.cols * kBits + 7) / 8;
+    const int column = static_cast<int>(col0) + chunk * kPerChunk;
+    const int columns_left = at_most_a_tile(matrix.cols - column), rows_left = at_most_a_tile(matrix.rows - row0 - row);
+    const auto* from = static_cast<const unsigned char*>(matrix.data) + (row0 + row) * pitch;
+    std::uint32_t words[kRounds][2];  // all of them under way at once
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+        const int there = i * kRowsAtOnce < rows_left ? columns_left : 0;
+        load_code_words<kBits, kPerChunk>(words[i], from + i * kRowsAtOnce * pitch, column, there, matrix.aligned);
+    }
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) store_codes<kind, kBits>(to + i * kRowsAtOnce * kChunks * kChunkBytes, words[i]);
+}
+
+}  // namespace detail
+
+// load_tile of a basis; of its codes, as whole numbers, if it is `coded`.
+template <DType kind, bool coded, int kRows, int kChunks>
+__device__ __forceinline__ void load_basis_tile(unsigned char* tile, const MatrixView& basis, index_t row0,
+                                                index_t col0) {
+    if constexpr (!coded) {
+        load_tile<kind, kRows, kChunks>(tile, basis, row0, col0);
+    } else if (basis.dtype == DType::int8) {
+        detail::load_codes<kind, 8, kRows, kChunks>(tile, basis, row0, col0);
+    } else {
+        detail::load_codes<kind, 4, kRows, kChunks>(tile, basis, row0, col0);
     }
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from galore_kernels import _native
 from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES, Batch, Pipeline
-from galore_kernels.ops.adam import AdamOptions
+from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
 
@@ -121,6 +121,21 @@ class CudaStages:
     def galore_update(self, batch: Batch, control: Tensor) -> None:
         self._native.cuda_galore_update(self._native_batch(batch), control.data_ptr(), *self._queue(batch.device))
 
+    def rotate_moments(
+        self, source: AdamState, target: AdamState, rotation: Tensor, beta1: float, beta2: float
+    ) -> None:
+        self._native.cuda_rotate_moments(
+            _moments(source),
+            _moments(target),
+            source.exp_avg.shape[0],
+            *rotation.shape,
+            rotation.data_ptr(),
+            source.step.data_ptr(),
+            beta1,
+            beta2,
+            *self._queue(rotation.device),
+        )
+
     def quantize_blockwise(self, x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         absmax = torch.empty(block_count(x.numel()), dtype=torch.float32, device=x.device)
@@ -139,6 +154,11 @@ class CudaStages:
 
 def _typed(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
+
+
+def _moments(state: AdamState) -> tuple[int, ...]:
+    moments = (state.exp_avg, state.exp_avg_sq, state.exp_avg_absmax, state.exp_avg_sq_absmax)
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in moments)
 
 
 def _scalar(scalar: Tensor | None) -> tuple[int, bool]:
@@ -167,8 +187,9 @@ def make_backend(native: Any, device_type: str) -> Backend:
         return {
             **({"available": False, "reason": reason} if reason else {}),
             "architectures": native.build_info()["cuda_archs"],
-            "galore_update": "one launch: 16-bit tensors of one dtype, rank <= 128 and a multiple of 8, 16-byte "
-            "aligned rows, enough panels to fill the device; else four launches (five where the short side is split)",
+            "galore_update": "one launch: 16-bit tensors of one dtype, the basis quantized or not, rank <= 128 and a "
+            "multiple of 8, 16-byte aligned rows, enough panels to fill the device; else four launches (five where the "
+            "short side is split)",
         }
 
     return Backend(
@@ -179,6 +200,7 @@ def make_backend(native: Any, device_type: str) -> Backend:
             "adam8bit_update": pipeline.adam8bit_update,
             "galore_update": pipeline.galore_update,
             "lowrank_update": pipeline.lowrank_update,
+            "rotate_moments": pipeline.rotate_moments,
         },
         refuses=refuses,
         describe=describe,

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from galore_kernels.backends.reference.rotate_moments import rotate_moments
 from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
 from galore_kernels.ops.projection import long_short
@@ -57,7 +58,8 @@ class Batch:
         shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
         moments: elements of each moment.
         basis_dtype: of the basis, or of its codes: int8, or uint8 for two 4-bit codes in a byte.
-        fixed_aligned: whether every address and every row of weight, moments and basis is a multiple of 16 bytes.
+        fixed_aligned: whether every address and every row of weight, moments and basis is a multiple of 16 bytes; rows
+            of codes, of eight codes.
         aligned: the same of the gradients too.
     """
 
@@ -178,19 +180,23 @@ def make_batch(group: UpdateGroup) -> Batch:
     scales = group.basis_scales or (None,) * len(group.params)
     basis, basis_scale = bases[0], scales[0]
     addresses = tuple(_row(*row) for row in zip(group.params, bases, scales, group.states, seeds, strict=True))
-    pitches = [] if basis is None else [t.shape[1] * t.element_size() for t in (param, basis)]
+    rank = 0 if basis is None else basis.shape[1] if basis_scale is None else basis_scale.shape[0]
+    basis_dtype = torch.float32 if basis is None else basis.dtype
+    # Codes are loaded eight at a time: 16 bytes of what they become, in 16 bits.
+    widths = (param.element_size(), basis_dtype.itemsize if basis_scale is None else 2)
+    pitches = [] if basis is None else [param.shape[1] * widths[0], rank * widths[1]]
     data = [address for row in addresses for address in row[:_DATA_COLUMNS]]
     return Batch(
         addresses=addresses,
         gradients=(),
         table=None,
         shape=(param.shape[0], param.shape[1]) if basis is not None else (param.numel(), 1),
-        rank=0 if basis is None else basis.shape[1] if basis_scale is None else basis_scale.shape[0],
+        rank=rank,
         side=group.side,
         moments=state.exp_avg.numel(),
         weight_dtype=param.dtype,
         grad_dtype=param.dtype,
-        basis_dtype=torch.float32 if basis is None else basis.dtype,
+        basis_dtype=basis_dtype,
         eight_bit=state.exp_avg_absmax is not None,
         stochastic=group.rounding_seeds is not None,
         fixed_aligned=not any(x % ALIGNMENT for x in (*pitches, *data)),
@@ -287,8 +293,6 @@ class Pipeline:
         scale: float,
     ) -> None:
         """Contract: ``galore_kernels.ops.galore_update``."""
-        if basis_scale is not None:
-            raise NotImplementedError("quantized bases")
         weight, grad = param.contiguous(), grad.contiguous()
         group = UpdateGroup(
             "galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
@@ -309,8 +313,6 @@ class Pipeline:
         scale: float,
     ) -> None:
         """Contract: ``galore_kernels.ops.lowrank_update``."""
-        if basis_scale is not None:
-            raise NotImplementedError("quantized bases")
         weight, grad = param.contiguous(), lowrank_grad.contiguous()
         group = UpdateGroup(
             "lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
@@ -324,6 +326,21 @@ class Pipeline:
         self.stages.scale_and_check(grad.view(1, -1), scratch.control, scratch.lowrank)
         self._from_lowrank(batch, scratch, long_side)
         _write_back(param, weight)
+
+    def rotate_moments(
+        self,
+        source: AdamState,
+        target: AdamState,
+        rotation: Tensor,
+        long_rotation: Tensor | None,
+        beta1: float,
+        beta2: float,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.rotate_moments``. Both sides at once are r x r: the reference does."""
+        if long_rotation is not None:
+            rotate_moments(source, target, rotation, long_rotation, beta1, beta2)
+        else:
+            self.stages.rotate_moments(source, target, rotation, beta1, beta2)
 
     def group(self, group: UpdateGroup) -> GroupUpdate:
         """The update of a group: see ``galore_kernels.ops.group``."""
