@@ -129,7 +129,7 @@ def test_our_groups_are_right_steps_on_the_cuda_kernels() -> None:
 def test_the_sanitized_script_reaches_every_operation() -> None:
     with serving("cuda") as name:
         done = list(gpu_sanitize.run(gpu_sanitize.Runner(name, CPU)))
-    for operation in ("galore_update", "group", "adam8bit_update"):
+    for operation in ("galore_update", "group", "adam8bit_update", "rotate_moments"):
         assert any(line.startswith(operation) for line in done)
 
 
@@ -146,7 +146,7 @@ def test_wrong_weights_codes_and_random_results_show(
     def planted(change: Callable[[Any], Any]) -> dict[str, Any]:
         def kernel(param: Any, *args: Any) -> None:
             right.kernels["galore_update"](param, *args)
-            change((param, args[3]))
+            change((param, args[4]))
 
         backend = replace(right, name="triton", kernels={"galore_update": kernel})
         monkeypatch.setitem(registry._backends, "triton", backend)
