@@ -14,6 +14,7 @@ from torch import Tensor
 
 from galore_kernels.ops import AdamOptions, AdamState, registry
 from galore_kernels.ops.group import UpdateGroup
+from galore_kernels.quantizers import BASIS_FORMATS, dequantize_basis, quantize_basis
 
 # The float64 restatement of the mathematics that the tests compare with; it shares no code with the library.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
@@ -38,9 +39,18 @@ class Matrix:
     grad: Tensor
     basis: Tensor
     state: AdamState
+    basis_scale: Tensor | None = None
 
 
-def _make(shape: tuple[int, int], state: AdamState, rank: int, side: str, seed: int, device: torch.device) -> Matrix:
+def _make(
+    shape: tuple[int, int],
+    state: AdamState,
+    rank: int,
+    side: str,
+    basis_format: str | None,
+    seed: int,
+    device: torch.device,
+) -> Matrix:
     rng = torch.Generator(device).manual_seed(seed)
     short = shape[1] if side == "right" else shape[0]
 
@@ -49,17 +59,19 @@ def _make(shape: tuple[int, int], state: AdamState, rank: int, side: str, seed: 
 
     there = {key: value.to(device, copy=True) for key, value in vars(state).items()}
     # Weights of the size that models have; basis columns of length 1.
-    return Matrix(
-        normal(*shape, std=0.02), normal(*shape, std=1.0), normal(short, rank, std=short**-0.5), replace(state, **there)
-    )
+    param, grad, basis = normal(*shape, std=0.02), normal(*shape, std=1.0), normal(short, rank, std=short**-0.5)
+    scale = None
+    if basis_format is not None:
+        basis, scale = quantize_basis(basis.float(), basis_format)
+    return Matrix(param, grad, basis, replace(state, **there), scale)
 
 
 def _updated(backend: registry.Backend, matrices: list[Matrix], side: str, o: AdamOptions) -> list[Matrix]:
     """The matrices after an update by ``backend``, together if it can; the given ones stay as they are."""
-    new = [Matrix(x.param.clone(), x.grad, x.basis, clone(x.state)) for x in matrices]
+    new = [replace(x, param=x.param.clone(), state=clone(x.state)) for x in matrices]
     if backend.group is None:
         for x in new:
-            backend.kernels["galore_update"](x.param, x.grad, x.basis, None, None, x.state, o, side, SCALE)
+            backend.kernels["galore_update"](x.param, x.grad, x.basis, None, x.basis_scale, x.state, o, side, SCALE)
         return new
     group = UpdateGroup(
         "galore_update",
@@ -68,6 +80,7 @@ def _updated(backend: registry.Backend, matrices: list[Matrix], side: str, o: Ad
         tuple(x.basis for x in new),
         side,
         SCALE,
+        basis_scales=tuple(x.basis_scale for x in new if x.basis_scale is not None),
     )
     backend.group(group)([x.grad for x in new], o)
     return new
@@ -90,7 +103,7 @@ def _weights(old: Matrix, new: Matrix, side: str, o: AdamOptions) -> dict[str, A
     a = oracle_scalars(o, int(old.state.step) + 1)
     cpu = {key: value.cpu() for key, value in vars(old.state).items()}
     m, v = (moment.reshape(long, -1)[which.cpu().numpy()] for moment in moments(replace(old.state, **cpu)))
-    basis = f64(old.basis.cpu())
+    basis = f64((old.basis if old.basis_scale is None else dequantize_basis(old.basis, old.basis_scale)).cpu())
     lowrank = oracle.project(part(old.grad), basis, None, side)
     direction = oracle.adam_direction(*oracle.adam_moments(lowrank, m, v, a), a)
     change = oracle.back_project(direction, basis, None, side)
@@ -120,19 +133,21 @@ def _codes(new: Matrix, expected: Matrix) -> dict[str, Any]:
 
 
 def correctness(plan: Plan, name: str, device: torch.device) -> list[dict[str, Any]]:
-    """The figures of one backend: for each shape at the first rank, for the first shape at the others too."""
+    """The figures of one backend: each shape at the first rank, the first shape at the others, and quantized bases."""
     backend, reference = (registry.select("galore_update", which, device) for which in (name, "reference"))
     o = AdamOptions(torch.tensor(1e-2, device=device), weight_decay=0.1)
     shapes = [plan.scaled(shape) for shape in dict.fromkeys(LAYER)]
-    cases = [(shape, plan.ranks[0]) for shape in shapes] + [(shapes[0], rank) for rank in plan.ranks[1:]]
+    cases: list[tuple[tuple[int, int], int, str | None]] = [(shape, plan.ranks[0], None) for shape in shapes]
+    cases += [(shapes[0], rank, None) for rank in plan.ranks[1:]]
+    cases += [(shapes[0], plan.ranks[0], basis_format) for basis_format in BASIS_FORMATS]
     found = []
-    for shape, rank in cases:
+    for shape, rank, basis_format in cases:
         side = "right" if shape[0] >= shape[1] else "left"
         state = warm_state((max(shape), rank), eight_bit=True)
-        matrices = [_make(shape, state, rank, side, seed, device) for seed in range(GROUP)]
+        matrices = [_make(shape, state, rank, side, basis_format, seed, device) for seed in range(GROUP)]
         new = _updated(backend, matrices, side, o)
         again = [_updated(backend, matrices, side, o) for _ in range(RUNS - 1)]
-        figures = {"backend": name, "shape": list(shape), "rank": rank, "side": side}
+        figures = {"backend": name, "shape": list(shape), "rank": rank, "side": side, "basis": basis_format}
         expected = _updated(reference, matrices[-1:], side, o)[0]
         figures |= _codes(new[-1], expected) | _weights(matrices[-1], new[-1], side, o)
         figures["weights_of_the_reference_beyond_two_ulps"] = _weights(matrices[-1], expected, side, o)[

@@ -20,6 +20,7 @@ from torch import Tensor
 from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.ops.group import UpdateGroup
+from galore_kernels.quantizers import BASIS_FORMATS, quantize_basis
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 
@@ -54,6 +55,11 @@ class Runner:
         state = warm_state(shape, eight_bit=eight_bit)
         return replace(state, **{key: value.to(self.device) for key, value in tensors(state).items()})
 
+    def codes(self, short: int, rank: int, basis_format: str) -> tuple[Tensor, Tensor]:
+        """A quantized basis on the device."""
+        codes, scale = quantize_basis(torch.randn(short, rank), basis_format)
+        return codes.to(self.device), scale.to(self.device)
+
     def seeded(self, dtype: torch.dtype) -> ops.AdamOptions:
         """Stochastic rounding where it exists."""
         return replace(self.options, rounding_seed=7 if dtype == torch.bfloat16 else None)
@@ -70,19 +76,40 @@ class Runner:
         bad = torch.full(shape, torch.nan, dtype=dtype).to(self.device)
         ops.galore_update(param, bad, basis, state, self.options, **where)  # type: ignore[arg-type]
 
-    def group(self, long: int, short: int, rank: int, side: str, dtype: torch.dtype, count: int) -> None:
+    def quantized_matrix(self, long: int, short: int, rank: int, side: str, basis_format: str) -> None:
+        """galore_update with a quantized basis."""
+        shape = (long, short) if side == "right" else (short, long)
+        param, grad = self.normal(shape, torch.bfloat16), self.normal(shape, torch.bfloat16)
+        codes, scale = self.codes(short, rank, basis_format)
+        state = self.state((long, rank), eight_bit=True)
+        where = {"side": side, "scale": 0.25, "basis_scale": scale, "backend": self.backend}
+        ops.galore_update(param, grad, codes, state, self.options, **where)  # type: ignore[arg-type]
+
+    def rotated(self, long: int, rank: int, new_rank: int, *, eight_bit: bool) -> None:
+        """rotate_moments."""
+        state, rotation = self.state((long, rank), eight_bit=eight_bit), self.normal((rank, new_rank), torch.float32)
+        ops.rotate_moments(state, rotation, beta1=0.9, beta2=0.999, backend=self.backend)
+
+    def group(
+        self, long: int, short: int, rank: int, side: str, dtype: torch.dtype, count: int, basis_format: str | None
+    ) -> None:
         """A grouped update."""
         make = registry.select("galore_update", self.backend, self.device).group
         if make is None:
             return
         shape = (long, short) if side == "right" else (short, long)
+        if basis_format is None:
+            bases, scales = tuple(self.normal((short, rank), dtype) for _ in range(count)), ()
+        else:
+            bases, scales = zip(*(self.codes(short, rank, basis_format) for _ in range(count)), strict=True)
         group = UpdateGroup(
             "galore_update",
             tuple(self.normal(shape, dtype) for _ in range(count)),
             tuple(self.state((long, rank), eight_bit=True) for _ in range(count)),
-            tuple(self.normal((short, rank), dtype) for _ in range(count)),
+            bases,
             side,
             0.25,
+            basis_scales=scales,
         )
         make(group)([self.normal(shape, dtype) for _ in range(count)], self.options)
 
@@ -107,12 +134,19 @@ def run(runner: Runner) -> Iterator[str]:
         eight_bit = (long + rank) % 2 == 0 or dtype == torch.bfloat16
         runner.one_matrix(long, short, rank, side, dtype, eight_bit=eight_bit)
         yield f"galore_update, lowrank_update {long} x {short} r={rank} {side} {dtype}"
+    for (long, short, rank), side, basis_format in itertools.product(SINGLE, ("right", "left"), BASIS_FORMATS):
+        runner.quantized_matrix(long, short, rank, side, basis_format)
+        yield f"galore_update {long} x {short} r={rank} {side} {basis_format} basis"
+    for (long, short, rank), eight_bit in itertools.product(SINGLE, (True, False)):
+        runner.rotated(long, rank, short, eight_bit=eight_bit)
+        yield f"rotate_moments {long} x {rank} to r={short}"
     # As many as fill an H200's 132 multiprocessors at two blocks each; 3 for the emulation.
     many = 60 if runner.device.type == "cuda" else 3
-    for (long, short, rank), side, dtype in itertools.product(GROUPED, ("right", "left"), DTYPES[:2]):
+    bases = [*itertools.product(DTYPES[:2], [None]), *itertools.product(DTYPES[:1], BASIS_FORMATS)]
+    for (long, short, rank), side, (dtype, basis_format) in itertools.product(GROUPED, ("right", "left"), bases):
         for count in (2, many):
-            runner.group(long, short, rank, side, dtype, count)
-            yield f"group of {count}, {long} x {short} r={rank} {side} {dtype}"
+            runner.group(long, short, rank, side, dtype, count, basis_format)
+            yield f"group of {count}, {long} x {short} r={rank} {side} {basis_format or dtype} basis"
     for elements, dtype, eight_bit in itertools.product((1, 255, 257, 20_001), DTYPES, (True, False)):
         runner.full_rank(elements, dtype, eight_bit=eight_bit)
         yield f"adam8bit_update, quantize, dequantize {elements} {dtype}"

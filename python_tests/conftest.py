@@ -54,7 +54,8 @@ def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Operations are tested on every backend, what is built on them on those that are made for the CPU."""
-    of_operations = metafunc.module.__name__ in OPERATIONS
+    # pytest's importlib mode puts the folder in front: python_tests.test_galore_update.
+    of_operations = metafunc.module.__name__.rpartition(".")[2] in OPERATIONS
     names = [name for name in BACKENDS if of_operations or name not in DEVICE_BACKENDS]
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", names, indirect=True)

@@ -27,6 +27,7 @@ from update_cases import (
     assert_same_bits,
     assert_same_state,
     clone,
+    f64,
     options,
     warm_state,
 )
@@ -34,9 +35,12 @@ from update_cases import (
 from galore_kernels import GaLoreFusedAdam8bit, _native, backend_info
 from galore_kernels.backends.cuda import CudaStages
 from galore_kernels.backends.pipeline import Batch, Pipeline
-from galore_kernels.ops import AdamState, adam8bit_update, registry
+from galore_kernels.ops import AdamState, adam8bit_update, registry, rotate_moments
 from galore_kernels.ops.group import UpdateGroup
-from galore_kernels.quantizers import BLOCK_SIZE
+from galore_kernels.quantizers import BASIS_FORMATS, BLOCK_SIZE
+
+#: A basis of the weight's dtype, and the quantized ones.
+BASES = [None, *BASIS_FORMATS]
 
 #: Long and short dimension and rank; what every test of this file may take, in one launch or in four. Each short
 #: dimension is one whose sums are never split, so that a matrix gives the same bits alone and in any group.
@@ -88,12 +92,13 @@ def one_pass(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> OnePass:
 # --- several at a time
 
 
+@pytest.mark.parametrize("basis_format", BASES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_group_is_its_matrices_to_the_bit(
-    device: torch.device, name: str, shape: tuple[int, int, int], side: str
+    device: torch.device, name: str, shape: tuple[int, int, int], side: str, basis_format: str | None
 ) -> None:
-    cases = [Case(*shape, side, seed).on(device) for seed in range(5)]
+    cases = [Case(*shape, side, seed, basis_format=basis_format).on(device) for seed in range(5)]
     alone = [case.on(device) for case in cases]
     o = options_on(device, weight_decay=0.1, grad_scale=3.0)
     for _ in range(2):
@@ -298,13 +303,14 @@ def test_a_steady_step_waits_for_nothing(device: torch.device, name: str) -> Non
 # --- one pass against four launches
 
 
+@pytest.mark.parametrize("basis_format", BASES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_one_pass_and_four_launches_agree(
-    device: torch.device, one_pass: OnePass, shape: tuple[int, int, int], side: str
+    device: torch.device, one_pass: OnePass, shape: tuple[int, int, int], side: str, basis_format: str | None
 ) -> None:
     count = enough_for_one_pass(shape[0], device)
-    cases = [Case(*shape, side, seed) for seed in range(count)]
+    cases = [Case(*shape, side, seed, basis_format=basis_format) for seed in range(count)]
     o, cpu_options = options_on(device, weight_decay=0.1), options(weight_decay=0.1)
     results = []
     for split in (False, True):
@@ -324,12 +330,13 @@ def test_one_pass_and_four_launches_agree(
             assert_codes_almost_equal(codes[0], codes[1], tolerances.EQUAL_CODES, key)
 
 
+@pytest.mark.parametrize("basis_format", BASES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 1024, 256), (2048, 1024, 1024)])  # several tiles of the basis
 def test_a_device_follows_float64_and_the_reference(
-    device: torch.device, name: str, shape: tuple[int, int, int], side: str
+    device: torch.device, name: str, shape: tuple[int, int, int], side: str, basis_format: str | None
 ) -> None:
-    case, o = Case(*shape, side, 1), options(weight_decay=0.1)
+    case, o = Case(*shape, side, 1, basis_format=basis_format), options(weight_decay=0.1)
     exact, bound = case.exact(o)
     got, reference = case.on(device), case.on(torch.device("cpu"))
     got.update(options_on(device, weight_decay=0.1), name)
@@ -338,6 +345,34 @@ def test_a_device_follows_float64_and_the_reference(
     for key in ("exp_avg", "exp_avg_sq"):
         codes = getattr(reference.state, key)
         assert_codes_almost_equal(getattr(got.state, key).cpu(), codes, tolerances.EQUAL_CODES, key)
+
+
+# --- moments in another basis
+
+
+@pytest.mark.parametrize("ranks", [(128, 128), (33, 129), (1024, 512)])  # of the old basis and of the new one
+@pytest.mark.parametrize("eight_bit", [True, False])
+def test_rotated_moments_are_the_references_and_nothing_waits(
+    device: torch.device, name: str, ranks: tuple[int, int], eight_bit: bool
+) -> None:
+    rng = torch.Generator().manual_seed(1)
+    old, new = (torch.linalg.qr(torch.randn(2048, rank, generator=rng))[0] for rank in ranks)
+    rotation, state = (old.T @ new).contiguous(), warm_state((1037, ranks[0]), eight_bit=eight_bit)
+    expected = rotate_moments(state, rotation, beta1=0.9, beta2=0.999, backend="reference")
+    there, turn = on_the(device, state), rotation.to(device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        got = rotate_moments(there, turn, beta1=0.9, beta2=0.999, backend=name)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for key in ("exp_avg", "exp_avg_sq"):
+        value, reference = getattr(got, key).cpu(), getattr(expected, key)
+        if eight_bit:
+            assert_codes_almost_equal(value, reference, tolerances.EQUAL_CODES, key)
+        else:
+            assert_close(value, f64(reference), 1e-5 * float(reference.abs().max()), key)
 
 
 # --- size

@@ -155,7 +155,7 @@ def test_our_groups_are_right_steps_on_the_cuda_kernels() -> None:
 def test_the_sanitized_script_reaches_every_operation() -> None:
     with serving("cuda") as name:
         done = list(gpu_sanitize.run(gpu_sanitize.Runner(name, CPU)))
-    for operation in ("galore_update", "group", "adam8bit_update"):
+    for operation in ("galore_update", "group", "adam8bit_update", "rotate_moments"):
         assert any(line.startswith(operation) for line in done)
 
 
