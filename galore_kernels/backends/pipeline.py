@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from galore_kernels.backends.reference.rotate_moments import rotate_moments
 from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
 from galore_kernels.ops.projection import long_short
@@ -287,8 +288,6 @@ class Pipeline:
         scale: float,
     ) -> None:
         """Contract: ``galore_kernels.ops.galore_update``."""
-        if basis_scale is not None:
-            raise NotImplementedError("quantized bases")
         weight, grad = param.contiguous(), grad.contiguous()
         group = UpdateGroup(
             "galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
@@ -309,8 +308,6 @@ class Pipeline:
         scale: float,
     ) -> None:
         """Contract: ``galore_kernels.ops.lowrank_update``."""
-        if basis_scale is not None:
-            raise NotImplementedError("quantized bases")
         weight, grad = param.contiguous(), lowrank_grad.contiguous()
         group = UpdateGroup(
             "lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
@@ -324,6 +321,21 @@ class Pipeline:
         self.stages.scale_and_check(grad.view(1, -1), scratch.control, scratch.lowrank)
         self._from_lowrank(batch, scratch, long_side)
         _write_back(param, weight)
+
+    def rotate_moments(
+        self,
+        source: AdamState,
+        target: AdamState,
+        rotation: Tensor,
+        long_rotation: Tensor | None,
+        beta1: float,
+        beta2: float,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.rotate_moments``. Both sides at once are r x r: the reference does."""
+        if long_rotation is not None:
+            rotate_moments(source, target, rotation, long_rotation, beta1, beta2)
+        else:
+            self.stages.rotate_moments(source, target, rotation, beta1, beta2)
 
     def group(self, group: UpdateGroup) -> GroupUpdate:
         """The update of a group: see ``galore_kernels.ops.group``."""
