@@ -138,6 +138,9 @@ _UNALIGNED = {
     ("back_project_update", 32): Tile(32, 32, 32, 4, 2),
 }
 
+# Once in many steps, on every architecture: small enough for two accumulators of three bfloat16 each.
+_ROTATE_MOMENTS = Tile(64, 32, 16, 4, 1)
+
 # Bound by memory on every architecture: what matters is enough bytes under way, and vectors for each thread.
 _ELEMENTS = {
     "scale_and_check": ElementTile(8, 8),
@@ -153,7 +156,7 @@ _INTERPRETED_BLOCKS = 64
 _INTERPRETED_PRODUCT = Tile(128, 128, 128, 1, 1)
 
 _Overrides = Mapping[str, Any]
-_STAGES = ("project", "back_project_update", *_ELEMENTS)
+_STAGES = ("project", "back_project_update", "rotate_moments", *_ELEMENTS)
 _overrides: ContextVar[_Overrides | None] = ContextVar("galore_kernels_triton_overrides", default=None)
 
 
@@ -250,7 +253,8 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
     chosen = architecture(batch.device)
     if chosen == _OTHER and interpreted():
         tile = _INTERPRETED_PRODUCT
-    elif batch.aligned:
+    elif batch.aligned and not (batch.basis_dtype == torch.uint8 and batch.rank % 2):
+        # Packed codes of an odd rank may be aligned; the direction that they are multiplied with is not.
         column = _PRODUCTS["sm_89" if chosen == _OTHER else chosen, stage, bits]
         tile = column[next((limit for limit in column if limit >= batch.rank), max(column))]
         if chosen == _OTHER:
@@ -261,15 +265,22 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
 
 
 def project_tile(batch: Batch) -> Tile:
-    """The tile of ``project``."""
-    bits = 16 if batch.grad_dtype == batch.basis_dtype != torch.float32 else 32
+    """The tile of ``project``. A basis' codes take the gradient's dtype."""
+    basis_dtype = batch.basis_dtype if batch.basis_dtype.is_floating_point else batch.grad_dtype
+    bits = 16 if batch.grad_dtype == basis_dtype != torch.float32 else 32
     return _product_tile("project", batch, bits)
 
 
 def back_project_update_tile(batch: Batch) -> Tile:
     """The tile of ``back_project_update``."""
-    bits = 16 if batch.basis_dtype != torch.float32 else 32
+    bits = 16 if batch.factor_dtype != torch.float32 else 32
     return _product_tile("back_project_update", batch, bits)
+
+
+def rotate_moments_tile() -> Tile:
+    """The tile of ``rotate_moments``."""
+    tile = _INTERPRETED_PRODUCT if interpreted() else _ROTATE_MOMENTS
+    return replace(tile, **_current().get("rotate_moments", {}))
 
 
 def element_tile(stage: str, elements: int) -> ElementTile:
