@@ -129,6 +129,14 @@ _PRODUCTS: dict[tuple[str, str, int], _Column] = {
     ("sm_90", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
 }
 
+# (architecture, stage, bits, largest columns or depth) -> what differs beside a basis' codes, whose conversion takes
+# registers: without it these spill.
+_BESIDE_CODES: dict[tuple[str, str, int, int], dict[str, Any]] = {
+    ("sm_80", "project", 16, 64): {"warps": 8},
+    ("sm_89", "project", 16, 64): {"warps": 8},
+    ("sm_90", "project", 32, 16): {"rows": 128},
+}
+
 # Addresses or rows that are no multiples of 16 bytes are loaded element by element, each with its own mask. What counts
 # then is to stay within the registers.
 _UNALIGNED = {
@@ -255,8 +263,11 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
         tile = _INTERPRETED_PRODUCT
     elif batch.aligned and not (batch.basis_dtype == torch.uint8 and batch.rank % 2):
         # Packed codes of an odd rank may be aligned; the direction that they are multiplied with is not.
-        column = _PRODUCTS["sm_89" if chosen == _OTHER else chosen, stage, bits]
-        tile = column[next((limit for limit in column if limit >= batch.rank), max(column))]
+        key = ("sm_89" if chosen == _OTHER else chosen, stage, bits)
+        limit = next((limit for limit in _PRODUCTS[key] if limit >= batch.rank), max(_PRODUCTS[key]))
+        tile = _PRODUCTS[key][limit]
+        if not batch.basis_dtype.is_floating_point:
+            tile = replace(tile, **_BESIDE_CODES.get((*key, limit), {}))
         if chosen == _OTHER:
             tile = replace(tile, stages=2)
     else:
