@@ -31,13 +31,14 @@ import torch
 from galore_kernels.backends.pipeline import CONTROL_WORDS, Batch
 from galore_kernels.backends.triton import configuration
 from galore_kernels.backends.triton.stages import TritonStages
-from galore_kernels.ops import AdamOptions
+from galore_kernels.ops import AdamOptions, AdamState
 
 #: Shared memory that one program may take, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY_LIMITS = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NAMES = dict(zip(_DTYPES, ("fp32", "bf16", "fp16"), strict=True))
+_CODES = (torch.int8, torch.uint8)
+_NAMES = dict(zip((*_DTYPES, *_CODES), ("fp32", "bf16", "fp16", "int8", "int4"), strict=True))
 _CPU = torch.device("cpu")
 
 
@@ -102,7 +103,7 @@ def _batch(
     shape = (extent, extent) if rank else (extent * extent, 1)
     weight, grad, basis = dtypes
     return Batch(
-        addresses=((16,) * 9,),
+        addresses=((16,) * 10,),
         gradients=(16,),
         table=None,
         shape=shape,
@@ -143,19 +144,41 @@ def _product_cases(architecture: str, stage: str, quick: bool) -> Iterator[Case]
             yield Case(stage, _batch((bf16, bf16, basis), 127, stochastic=True, aligned=False))
 
 
+def _quantized_cases(architecture: str, stage: str, quick: bool) -> Iterator[Case]:
+    """Products with the codes of a basis, which stand beside operands of either size."""
+    fp32, bf16, _ = _DTYPES
+    for codes in _CODES:
+        for bits, dtype in ((16, bf16), (32, fp32)):
+            limits = [r for r in configuration.limits(architecture, stage, bits) if codes == torch.int8 or r > 16]
+            for side in ("right", "left"):
+                for rank in limits[-1:] if quick else limits:  # at 16 rows of packed codes are not aligned
+                    yield Case(stage, _batch((dtype, dtype, codes), rank, side))
+                if not quick:
+                    yield Case(stage, _batch((dtype, dtype, codes), 127, side, aligned=False))
+        if stage == "back_project_update" and not quick:
+            yield Case(stage, _batch((bf16, bf16, codes), 128, stochastic=True))
+            yield Case(stage, _batch((bf16, bf16, codes), 127, stochastic=True, aligned=False))
+
+
 def cases(architecture: str, *, quick: bool = False) -> Iterator[Case]:
     """The calls whose kernels are compiled: every tile of the table, or the largest of each stage and dtype."""
     fp32, bf16, fp16 = _DTYPES
     for stage in ("project", "back_project_update"):
         yield from _product_cases(architecture, stage, quick)
+        yield from _quantized_cases(architecture, stage, quick)
     for stage in ("prepare", "scale_and_check", "lowrank_adam", "quantize_blockwise", "dequantize_blockwise"):
         yield Case(stage, _batch((bf16, bf16, bf16), 128))
+    yield Case("lowrank_adam", _batch((bf16, bf16, torch.int8), 128))
     yield Case("adam_update", _batch((bf16, bf16, fp32), stochastic=True))
+    for eight_bit in (True, False):
+        for rank in (128, 127):
+            yield Case("rotate_moments", _batch((bf16, bf16, bf16), rank, eight_bit=eight_bit))
     if quick:
         return
     for aligned in (True, False):
         for eight_bit in (True, False):
-            yield Case("lowrank_adam", _batch((fp32, fp32, fp32), 127, eight_bit=eight_bit, aligned=aligned))
+            for basis in (fp32, torch.int8):
+                yield Case("lowrank_adam", _batch((fp32, fp32, basis), 127, eight_bit=eight_bit, aligned=aligned))
             for dtype in (fp32, bf16, fp16):
                 yield Case("adam_update", _batch((dtype, dtype, fp32), eight_bit=eight_bit, aligned=aligned))
         yield Case("quantize_blockwise", _batch((fp32, fp32, fp32), aligned=aligned))
@@ -166,7 +189,7 @@ def _call(case: Case) -> None:
     control = torch.empty((1, CONTROL_WORDS), dtype=torch.int32)
     # Of the tensors that kernels get, dtypes count, and addresses as multiples of 16; these are allocated to 64.
     lowrank = torch.empty((1, batch.moments), dtype=torch.float32)
-    direction = torch.empty((1, batch.moments), dtype=batch.basis_dtype)
+    direction = torch.empty((1, batch.moments), dtype=batch.factor_dtype)
     if case.stage == "prepare":
         one = torch.ones(())
         options = AdamOptions(one, grad_scale=one.double(), found_inf=one)
@@ -182,6 +205,9 @@ def _call(case: Case) -> None:
         stages.back_project_update(batch, control, direction)
     elif case.stage == "adam_update":
         stages.adam_update(batch, control)
+    elif case.stage == "rotate_moments":
+        source, target = (AdamState.zeros((64, batch.rank), eight_bit=batch.eight_bit) for _ in range(2))
+        stages.rotate_moments(source, target, torch.empty((batch.rank, batch.rank)), 0.9, 0.999)
     elif case.stage == "quantize_blockwise":
         stages.quantize_blockwise(direction, signed=True)
     else:

@@ -64,7 +64,7 @@ ELEMENTS = (
 
 
 def test_every_kernel_is_looked_at(kernels: list[Kernel]) -> None:
-    names = {f"{name}_kernel" for name in (*PRODUCTS, *ELEMENTS, "write_column")}
+    names = {f"{name}_kernel" for name in (*PRODUCTS, *ELEMENTS, "rotate_moments", "write_column")}
     assert {k["kernel"] for k in kernels} == names
 
 
@@ -96,7 +96,7 @@ def test_the_report_names_faults(kernels: list[Kernel]) -> None:
 def test_every_rounding_is_ieees(kernels: list[Kernel]) -> None:
     # Denormals are kept, quotients and roots are the nearest, and no multiply-add is contracted: what csrc/core/adam.h
     # computes. Of float32's products the matrix units' are another matter.
-    for k in of(kernels, *ELEMENTS, *PRODUCTS):
+    for k in of(kernels, *ELEMENTS, *PRODUCTS, "rotate_moments"):
         for inexact in (".ftz", ".approx", "div.full", "fma."):
             assert inexact not in k["ptx"], f"{inexact} in {k['case']} {k['kernel']}"
     for k in of(kernels, "lowrank_adam", "adam_update"):
@@ -111,10 +111,15 @@ def is_aligned(kernel: Kernel) -> bool:
     return "unaligned" not in kernel["case"]
 
 
+def has_codes(kernel: Kernel) -> bool:
+    return bool(re.search("/int[48] ", kernel["case"]))
+
+
 def test_aligned_operands_are_copied_asynchronously_sixteen_bytes_at_a_time(kernels: list[Kernel]) -> None:
     for k in of(kernels, *PRODUCTS, where=is_aligned):
         assert "cp.async.cg.shared.global" in k["ptx"], k["case"]
-        assert "cp.async.ca.shared.global" not in k["ptx"], k["case"]
+        # A tile's codes may be fewer than sixteen bytes for each thread; those of four or eight are copied so too.
+        assert has_codes(k) or "cp.async.ca.shared.global" not in k["ptx"], k["case"]
         assert not re.search(r"ld\.global[.\w]*\.b(8|16)\b", k["ptx"]), k["case"]
 
 
@@ -131,7 +136,18 @@ def test_weights_and_moments_move_as_vectors(kernels: list[Kernel]) -> None:
 
 def test_products_run_on_the_matrix_units_in_bfloat16(kernels: list[Kernel]) -> None:
     # Also of float32: as the sum of three bfloat16, which is more exact than tf32 and as fast.
-    for k in of(kernels, *PRODUCTS):
+    for k in of(kernels, *PRODUCTS, "rotate_moments"):
         hopper = k["architecture"] == "sm_90" and is_aligned(k)
         assert re.search(r"wgmma\.mma_async[.\w]*\.bf16" if hopper else r"mma\.sync[.\w]*\.bf16", k["ptx"]), k["case"]
         assert "tf32" not in k["ptx"], k["case"]
+
+
+def test_codes_beside_float32_take_half_its_products(kernels: list[Kernel]) -> None:
+    # Three of bfloat16 instead of six: a code is one bfloat16, a float32 the sum of three.
+    def products(codes: bool, kernel: str) -> set[int]:
+        some = of(kernels, kernel, where=lambda k: "fp32/fp32/" in k["case"] and has_codes(k) == codes)
+        return {len(re.findall(r"mma_async\.|mma\.sync\.", k["ptx"])) for k in some}
+
+    for kernel in PRODUCTS:
+        (whole,), (half,) = products(False, kernel), products(True, kernel)
+        assert 2 * half == whole

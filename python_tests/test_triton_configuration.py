@@ -16,7 +16,7 @@ GPU = torch.device("cuda", 0)
 
 def batch(rank: int, dtype: torch.dtype = torch.bfloat16, *, aligned: bool = True, **changes: Any) -> Batch:
     facts = {
-        "addresses": ((16,) * 9,),
+        "addresses": ((16,) * 10,),
         "gradients": (16,),
         "table": None,
         "shape": (4096, 4096),
@@ -84,6 +84,24 @@ def test_two_16bit_operands_of_one_dtype_are_multiplied_as_they_are(architecture
         ) == configuration.back_project_update_tile(batch(128))
 
 
+@pytest.mark.parametrize("codes", [torch.int8, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_basis_codes_take_the_tile_of_what_they_are_multiplied_with(
+    architecture: str, dtype: torch.dtype, codes: torch.dtype
+) -> None:
+    with override(architecture=architecture):
+        for rank in (32, 128, 512):
+            for choose in (configuration.project_tile, configuration.back_project_update_tile):
+                assert choose(batch(rank, dtype, basis_dtype=codes)) == choose(batch(rank, dtype))
+
+
+def test_rows_of_packed_codes_may_be_aligned_where_the_directions_are_not(architecture: str) -> None:
+    with override(architecture=architecture):
+        for choose in (configuration.project_tile, configuration.back_project_update_tile):
+            odd = choose(batch(127, basis_dtype=torch.uint8))  # 64 bytes of codes, 254 of bfloat16
+            assert odd == choose(batch(127, aligned=False))
+
+
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
@@ -146,7 +164,7 @@ def test_splits_fill_the_device(
 ) -> None:
     project = pytest.importorskip("galore_kernels.backends.triton.project")
     monkeypatch.setattr(project, "multiprocessors", lambda device: processors)
-    many = batch(128, shape=shape, addresses=((16,) * 9,) * count, gradients=(16,) * count)
+    many = batch(128, shape=shape, addresses=((16,) * 10,) * count, gradients=(16,) * count)
     with override(architecture="sm_90"):
         assert project.project_splits(many) == expected
         with override(splits=5):
@@ -196,6 +214,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"project": {"stages": 0}}, "stages must be an integer >= 1, got 0"),
     ({"project": {"precision": "tf32"}}, "precision must be ieee, tf32x3 or bf16x6, got 'tf32'"),
     ({"lowrank_adam": {"rows": 16}}, "lowrank_adam takes a mapping of blocks, warps"),
+    ({"rotate_moments": {"blocks": 4}}, "rotate_moments takes a mapping of columns, depth"),
     ({"splits": 0}, "splits must be an integer >= 1, got 0"),
     ({"architecture": "sm_70"}, "architecture must be one of sm_80, sm_89, sm_90, got 'sm_70'"),
 ]

@@ -35,11 +35,14 @@ def galore_update(
     options: AdamOptions,
     side: str,
     scale: float,
+    basis_scale: Tensor | None = None,
+    operation: str = "galore_update",
 ) -> tuple[Tensor, AdamState]:
     """The operation by the Triton backend on copies; CPU tensors in, CPU tensors out."""
     weight, moved = param.to(DEVICE, copy=True), moved_state(state)
-    BACKEND.kernels["galore_update"](
-        weight, grad.to(DEVICE), basis.to(DEVICE), None, moved, moved_options(options), side, scale
+    scales = None if basis_scale is None else basis_scale.to(DEVICE)
+    BACKEND.kernels[operation](
+        weight, grad.to(DEVICE), basis.to(DEVICE), None, scales, moved, moved_options(options), side, scale
     )
     return weight.cpu(), moved_state(moved, torch.device("cpu"))
 
@@ -54,6 +57,7 @@ def group_update(
         params=tuple(param.to(DEVICE, copy=True) for param in group.params),
         states=tuple(map(moved_state, group.states)),
         bases=tuple(basis.to(DEVICE) for basis in group.bases),
+        basis_scales=tuple(basis_scale.to(DEVICE) for basis_scale in group.basis_scales),
     )
     assert BACKEND.group is not None
     update = BACKEND.group(there)

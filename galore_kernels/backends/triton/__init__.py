@@ -32,6 +32,7 @@ def make_backend(*, in_interpreter: bool = False) -> Backend:
             "adam8bit_update": pipeline.adam8bit_update,
             "galore_update": pipeline.galore_update,
             "lowrank_update": pipeline.lowrank_update,
+            "rotate_moments": pipeline.rotate_moments,
         },
         refuses=partial(availability.refuses, in_interpreter=in_interpreter),
         describe=partial(availability.describe, in_interpreter=in_interpreter),

@@ -1,7 +1,7 @@
 """``back_project_update``: W <- (W - step_size * X) * decay with X = U @ P.T (right) or P @ U.T (left).
 
 In tiles of the weight, which is read and written once. Both operands are summed along their rows, so the side only
-says which of them comes first.
+says which of them comes first. Of a quantized basis P are the codes; U has been multiplied by their scales.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from galore_kernels.backends.triton.elements import (
     to_float,
 )
 from galore_kernels.backends.triton.launch import launch
-from galore_kernels.backends.triton.products import multiply_add
+from galore_kernels.backends.triton.products import load_factor, multiply_add
 from galore_kernels.backends.triton.random_bits import (
     PER_BLOCK,
     random_of_elements,
@@ -53,6 +53,7 @@ def back_project_update_kernel(
     ALIGNED: tl.constexpr,
     COLS_MULTIPLE: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
+    PACKED_MULTIPLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -82,10 +83,10 @@ def back_project_update_kernel(
     for step in range(tl.cdiv(rank, DEPTH)):
         rank0 = tl.full((), step, tl.int64) * DEPTH
         depth_there = rank0 + tl.arange(0, DEPTH) < rank
-        pointers = tile_of(first, row0, rank0, rank, ROWS, DEPTH, OFFSETS)
-        a = tl.load(pointers, rows_there[:, None] & depth_there[None, :], other=0.0)
-        pointers = tl.trans(tile_of(second, column0, rank0, rank, COLUMNS, DEPTH, OFFSETS))
-        b = tl.load(pointers, depth_there[:, None] & columns_there[None, :], other=0.0)
+        a = load_factor(first, row0, rank0, rank, rows_there, depth_there, ROWS, DEPTH, PACKED_MULTIPLE, OFFSETS, False)
+        b = load_factor(
+            second, column0, rank0, rank, columns_there, depth_there, COLUMNS, DEPTH, PACKED_MULTIPLE, OFFSETS, True
+        )
         change = multiply_add(a, b, change, PRECISION)
 
     there = rows_there[:, None] & columns_there[None, :]
@@ -128,6 +129,7 @@ def back_project_update(batch: Batch, table: Tensor, control: Tensor, direction:
         ALIGNED=batch.aligned,
         COLS_MULTIPLE=configuration.known_factor(cols, batch.aligned),
         RANK_MULTIPLE=configuration.known_factor(batch.rank, batch.aligned),
+        PACKED_MULTIPLE=configuration.known_factor(-(-batch.rank // 2), batch.aligned),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,

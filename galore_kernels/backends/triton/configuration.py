@@ -129,6 +129,14 @@ _PRODUCTS: dict[tuple[str, str, int], _Column] = {
     ("sm_90", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
 }
 
+# (architecture, stage, bits, largest columns or depth) -> what differs beside a basis' codes, whose conversion takes
+# registers: without it these spill.
+_BESIDE_CODES: dict[tuple[str, str, int, int], dict[str, Any]] = {
+    ("sm_80", "project", 16, 64): {"warps": 8},
+    ("sm_89", "project", 16, 64): {"warps": 8},
+    ("sm_90", "project", 32, 16): {"rows": 128},
+}
+
 # Addresses or rows that are no multiples of 16 bytes are loaded element by element, each with its own mask. What counts
 # then is to stay within the registers.
 _UNALIGNED = {
@@ -137,6 +145,9 @@ _UNALIGNED = {
     ("back_project_update", 16): Tile(32, 64, 32, 4, 2),
     ("back_project_update", 32): Tile(32, 32, 32, 4, 2),
 }
+
+# Once in many steps, on every architecture: small enough for two accumulators of three bfloat16 each.
+_ROTATE_MOMENTS = Tile(64, 32, 16, 4, 1)
 
 # Bound by memory on every architecture: what matters is enough bytes under way, and vectors for each thread.
 _ELEMENTS = {
@@ -153,7 +164,7 @@ _INTERPRETED_BLOCKS = 64
 _INTERPRETED_PRODUCT = Tile(128, 128, 128, 1, 1)
 
 _Overrides = Mapping[str, Any]
-_STAGES = ("project", "back_project_update", *_ELEMENTS)
+_STAGES = ("project", "back_project_update", "rotate_moments", *_ELEMENTS)
 _overrides: ContextVar[_Overrides | None] = ContextVar("galore_kernels_triton_overrides", default=None)
 
 
@@ -250,9 +261,13 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
     chosen = architecture(batch.device)
     if chosen == _OTHER and interpreted():
         tile = _INTERPRETED_PRODUCT
-    elif batch.aligned:
-        column = _PRODUCTS["sm_89" if chosen == _OTHER else chosen, stage, bits]
-        tile = column[next((limit for limit in column if limit >= batch.rank), max(column))]
+    elif batch.aligned and not (batch.basis_dtype == torch.uint8 and batch.rank % 2):
+        # Packed codes of an odd rank may be aligned; the direction that they are multiplied with is not.
+        key = ("sm_89" if chosen == _OTHER else chosen, stage, bits)
+        limit = next((limit for limit in _PRODUCTS[key] if limit >= batch.rank), max(_PRODUCTS[key]))
+        tile = _PRODUCTS[key][limit]
+        if not batch.basis_dtype.is_floating_point:
+            tile = replace(tile, **_BESIDE_CODES.get((*key, limit), {}))
         if chosen == _OTHER:
             tile = replace(tile, stages=2)
     else:
@@ -261,15 +276,22 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
 
 
 def project_tile(batch: Batch) -> Tile:
-    """The tile of ``project``."""
-    bits = 16 if batch.grad_dtype == batch.basis_dtype != torch.float32 else 32
+    """The tile of ``project``. A basis' codes take the gradient's dtype."""
+    basis_dtype = batch.basis_dtype if batch.basis_dtype.is_floating_point else batch.grad_dtype
+    bits = 16 if batch.grad_dtype == basis_dtype != torch.float32 else 32
     return _product_tile("project", batch, bits)
 
 
 def back_project_update_tile(batch: Batch) -> Tile:
     """The tile of ``back_project_update``."""
-    bits = 16 if batch.basis_dtype != torch.float32 else 32
+    bits = 16 if batch.factor_dtype != torch.float32 else 32
     return _product_tile("back_project_update", batch, bits)
+
+
+def rotate_moments_tile() -> Tile:
+    """The tile of ``rotate_moments``."""
+    tile = _INTERPRETED_PRODUCT if interpreted() else _ROTATE_MOMENTS
+    return replace(tile, **_current().get("rotate_moments", {}))
 
 
 def element_tile(stage: str, elements: int) -> ElementTile:

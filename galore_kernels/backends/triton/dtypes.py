@@ -9,7 +9,13 @@ from triton import language as tl
 
 from galore_kernels.backends.triton.configuration import Tile
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

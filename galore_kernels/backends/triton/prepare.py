@@ -29,15 +29,15 @@ from galore_kernels.ops.adam import AdamOptions
 
 
 @triton.jit
-def _double(x: float) -> tl.tensor:
-    # An argument is a double on a device and Python's number in the interpreter; this is a double tensor in both.
+def as_double(x: float) -> tl.tensor:
+    """x, which as an argument is a double on a device and Python's number in the interpreter, as a double tensor."""
     return tl.full((), x, tl.float64)
 
 
 @triton.jit
-def _one_minus_powers(beta1: tl.tensor, beta2: tl.tensor, exponent: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def one_minus_powers(beta1: tl.tensor, beta2: tl.tensor, exponent: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """1 - beta ** exponent of both, by squaring: the same bits everywhere, and within 1e-13 of the exact ones."""
-    power1, power2 = _double(1.0), _double(1.0)
+    power1, power2 = as_double(1.0), as_double(1.0)
     while exponent > 0:
         odd = (exponent & 1) != 0
         power1 = tl.where(odd, power1 * beta1, power1)
@@ -66,7 +66,7 @@ def prepare_kernel(
 ) -> None:
     tensor = tl.program_id(0).to(tl.int64)
     lr = tl.load(lr_pointer).to(tl.float64)
-    inverse_grad_scale = _double(1.0)
+    inverse_grad_scale = as_double(1.0)
     if HAS_GRAD_SCALE:
         inverse_grad_scale = inverse_grad_scale / tl.load(grad_scale).to(tl.float64)
     if MAXIMIZE:
@@ -75,9 +75,9 @@ def prepare_kernel(
     if HAS_FOUND_INF:
         skip = tl.where(tl.load(found_inf).to(tl.float64) != 0.0, SKIP_FOUND_INF, 0)
     number = tl.load(row_pointer(table, tensor, STEP, tl.float32, False)).to(tl.int64) + 1
-    beta1, beta2 = _double(beta1), _double(beta2)
-    correction1, correction2 = _one_minus_powers(beta1, beta2, number)
-    step_size = lr * tl.sqrt(correction2) / correction1 * _double(scale)
+    beta1, beta2 = as_double(beta1), as_double(beta2)
+    correction1, correction2 = one_minus_powers(beta1, beta2, number)
+    step_size = lr * tl.sqrt(correction2) / correction1 * as_double(scale)
 
     row = control + tensor * CONTROL_WORDS
     floats = row.to(tl.pointer_type(tl.float32))
@@ -86,9 +86,9 @@ def prepare_kernel(
     tl.store(floats + ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32))
     tl.store(floats + BETA2, beta2.to(tl.float32))
     tl.store(floats + ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32))
-    tl.store(floats + EPS, _double(eps).to(tl.float32))
+    tl.store(floats + EPS, as_double(eps).to(tl.float32))
     tl.store(floats + STEP_SIZE, step_size.to(tl.float32))
-    tl.store(floats + DECAY, (1.0 - lr * _double(weight_decay)).to(tl.float32))
+    tl.store(floats + DECAY, (1.0 - lr * as_double(weight_decay)).to(tl.float32))
     tl.store(row + SKIP, skip)
     tl.store(row + ARRIVED, 0)
     tl.store((row + STEP_NUMBER).to(tl.pointer_type(tl.int64)), number)

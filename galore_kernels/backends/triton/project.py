@@ -1,5 +1,7 @@
 """``project``: R = G @ P (right) or G.T @ P (left), in tiles of long rows x columns of the basis.
 
+Of a quantized basis P are the codes, and the sums are multiplied by its columns' scales.
+
 Where a batch has too few tiles to fill the device, the short dimension is split; ``scale_and_check`` sums the parts.
 """
 
@@ -14,6 +16,7 @@ from galore_kernels.backends.triton import configuration
 from galore_kernels.backends.triton.dtypes import offset_dtype, triton_dtype
 from galore_kernels.backends.triton.elements import (
     BASIS,
+    BASIS_SCALE,
     GRADIENT,
     GRADIENT_SCALE,
     SKIP_FOUND_INF,
@@ -25,7 +28,7 @@ from galore_kernels.backends.triton.elements import (
     tile_of,
 )
 from galore_kernels.backends.triton.launch import launch, multiprocessors
-from galore_kernels.backends.triton.products import multiply_add
+from galore_kernels.backends.triton.products import load_factor, multiply_add
 from galore_kernels.backends.triton.scale_and_check import sum_parts
 
 
@@ -46,6 +49,7 @@ def project_kernel(
     ALIGNED: tl.constexpr,
     GRAD_MULTIPLE: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
+    PACKED_MULTIPLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -86,11 +90,25 @@ def project_kernel(
         else:
             pointers = tile_of(gradient, row0, short0, short, ROWS, DEPTH, OFFSETS)
         g = tl.load(pointers, rows_there[:, None] & depth_there[None, :], other=0.0)
-        pointers = tile_of(basis, short0, column0, rank, DEPTH, COLUMNS, OFFSETS)
-        p = tl.load(pointers, depth_there[:, None] & columns_there[None, :], other=0.0)
+        p = load_factor(
+            basis,
+            short0,
+            column0,
+            rank,
+            depth_there,
+            columns_there,
+            DEPTH,
+            COLUMNS,
+            PACKED_MULTIPLE,
+            OFFSETS,
+            False,
+        )
         sums = multiply_add(g, p, sums, PRECISION)
 
     there = rows_there[:, None] & columns_there[None, :]
+    if basis.dtype.element_ty.is_int():
+        scales = row_pointer(table, tensor, BASIS_SCALE, tl.float32, ALIGNED) + column0 + tl.arange(0, COLUMNS)
+        sums = sums * tl.load(scales, columns_there, other=0.0)[None, :]
     if SCALED:
         sums = sums * tl.load(coefficients(control, tensor) + GRADIENT_SCALE)
         flag_unless_representable(sums, there, control, tensor)
@@ -137,6 +155,7 @@ def project(
         ALIGNED=batch.aligned,
         GRAD_MULTIPLE=configuration.known_factor(batch.shape[1], batch.aligned),
         RANK_MULTIPLE=configuration.known_factor(batch.rank, batch.aligned),
+        PACKED_MULTIPLE=configuration.known_factor(-(-batch.rank // 2), batch.aligned),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,

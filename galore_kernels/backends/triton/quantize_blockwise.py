@@ -61,9 +61,8 @@ def _known_factor(*tensors: Tensor) -> int:
     return configuration.known_factor(tensors[0].numel(), aligned)
 
 
-def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(block_count(x.numel()), dtype=torch.float32, device=x.device)
+def quantize_into(x: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> None:
+    """codes, absmax = the 8-bit code of ``x``."""
     tile = configuration.element_tile("quantize_blockwise", x.numel())
     launch(
         quantize_blockwise_kernel,
@@ -79,6 +78,12 @@ def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         BLOCKS=tile.blocks,
         warps=tile.warps,
     )
+
+
+def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(block_count(x.numel()), dtype=torch.float32, device=x.device)
+    quantize_into(x, codes, absmax, signed=signed)
     return codes, absmax
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from galore_kernels.backends.pipeline import TABLE_COLUMNS, Batch
-from galore_kernels.ops.adam import AdamOptions
+from galore_kernels.ops.adam import AdamOptions, AdamState
 
 
 class TritonStages:
@@ -75,6 +75,13 @@ class TritonStages:
 
     def galore_update(self, batch: Batch, control: Tensor) -> None:
         raise NotImplementedError("in_one_pass says no")
+
+    def rotate_moments(
+        self, source: AdamState, target: AdamState, rotation: Tensor, beta1: float, beta2: float
+    ) -> None:
+        from galore_kernels.backends.triton.rotate_moments import rotate_moments
+
+        rotate_moments(source, target, rotation, beta1, beta2)
 
     def quantize_blockwise(self, x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         from galore_kernels.backends.triton.quantize_blockwise import quantize_blockwise
