@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -62,6 +63,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fast_backend" in metafunc.fixturenames:
         fast = [name for name in names if name != "reference"]
         metafunc.parametrize("fast_backend", fast, indirect=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all-triton``: what Triton's interpreter would take ten minutes more for."""
+    parser.addoption("--all-triton", action="store_true", help="every test of an operation on Triton, not every fourth")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the operations' tests on Triton every fourth runs, drawn by its name, where the interpreter runs them.
+
+    Triton's kernels have tests of their own, which all run.
+    """
+    if config.getoption("--all-triton") or torch.cuda.is_available():
+        return
+    left_out = [item for item in items if _on_triton(item) and zlib.crc32(item.nodeid.encode()) % 4]
+    config.hook.pytest_deselected(items=left_out)
+    dropped = set(left_out)
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _on_triton(item: pytest.Item) -> bool:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return "triton" in (params.get("backend"), params.get("fast_backend"))
 
 
 @pytest.fixture(autouse=True)
