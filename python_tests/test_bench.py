@@ -387,3 +387,28 @@ def test_subspaces_are_judged_and_timed(tmp_path: Path) -> None:
     assert len(ours) == 11 * 3
     assert all(0.8 < row["share"] <= 1.001 and row["orthonormality"] < 1e-5 for row in ours)
     assert {row["method"] for row in data["timings"]} >= {"ours, cold", "ours, warm", "galore_torch"}
+
+
+def test_runs_with_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    import pretrain_seeds
+
+    def run(name: str, seed: int, loss: float, final: str = "final") -> None:
+        config = dict.fromkeys(("preset", "optimizer", "steps", "lr", "rank", "update_proj_gap", "split"), 1)
+        log = [
+            {"kind": "header", "config": config | {"seed": seed}, "corpus": {"sha256": "0"}},
+            {"kind": "subspaces", "step": 9, "layers": {"a": {"refreshes": 3}, "b": {"refreshes": 4}}},
+            {"kind": final, "step": 9, "validation_loss": loss, "optimizer_state_bytes": 100},
+        ]
+        (tmp_path / f"{name}-{seed}").mkdir()
+        (tmp_path / f"{name}-{seed}" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+    for seed, losses in enumerate([(1.5, 1.25), (1.75, 1.25)]):
+        run("svd", seed, losses[0])
+        run("warm-staggered", seed, losses[1])
+    first, second = pretrain_seeds.read_options(tmp_path)
+    assert (first.name, first.mean, first.refreshes) == ("warm-staggered", 1.25, 7)
+    assert first.differences == {"0": -0.25, "1": -0.5}
+    assert (second.name, second.mean) == ("svd", 1.625)
+    run("int8", 0, 1.0, final="train")
+    with pytest.raises(ValueError, match="int8-0.*expected a finished run"):
+        pretrain_seeds.read_options(tmp_path)
