@@ -410,5 +410,5 @@ def test_runs_with_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> No
     assert first.differences == {"0": -0.25, "1": -0.5}
     assert (second.name, second.mean) == ("svd", 1.625)
     run("int8", 0, 1.0, final="train")
-    with pytest.raises(ValueError, match="int8-0.*expected a finished run"):
+    with pytest.raises(ValueError, match=r"int8-0.*expected a finished run"):
         pretrain_seeds.read_options(tmp_path)

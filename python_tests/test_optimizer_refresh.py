@@ -19,7 +19,7 @@ from galore_kernels.optim import refresh
 from galore_kernels.optim.base import GaLoreAdam
 from galore_kernels.optim.state import adam_state, float_basis
 from galore_kernels.quantizers import dequantize_basis, quantize_basis
-from galore_kernels.subspace import find_subspaces
+from galore_kernels.subspace import find_subspaces, search
 
 #: Of one shape, so that where there are groups they share one.
 SHAPES: dict[str, tuple[int, ...]] = dict.fromkeys("abcdef", (300, 64)) | {"wide": (64, 300), "norm": (70,)}
@@ -200,6 +200,39 @@ def test_an_asynchronous_basis_is_used_from_the_next_step_on(backend: str) -> No
     train(optimizer, later, [4])
     train(keeps, never, [4])
     assert not torch.equal(later["w"], never["w"])
+
+
+# ---------------------------------------------------------------------- in batches
+
+
+@pytest.mark.parametrize("options", COMBINATIONS[:3], ids=label)
+def test_bases_searched_for_in_batches_are_those_of_each_alone(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, here on the CPU."""
+    shapes = {**dict.fromkeys("abc", (300, 256)), **dict.fromkeys("de", (256, 300)), "f": (300, 256), "norm": (70,)}
+    given: dict[str, Any] = {"lr": 1e-3, "rank": 8, "update_proj_gap": 2, **options}
+    sizes: list[int] = []
+
+    def spy(grads: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(grads))
+        return find_subspaces(grads, *args, **kwargs)
+
+    results = []
+    for together in (False, True):
+        params = make_params(shapes)
+        with monkeypatch.context() as patch:
+            for module in (refresh, search):
+                patch.setattr(module, "in_batches", lambda _, together=together: together)
+            patch.setattr(refresh, "find_subspaces", spy)
+            optimizer = GaLoreFusedAdamW(params.values(), **given, backend="reference")
+            train(optimizer, params, range(3))
+        results.append((optimizer, params))
+    assert set(sizes[:6]) == {1}
+    assert max(sizes) == 4  # in the first step a, b, c and f
+    for name in "abcdef":
+        bases = [float_basis(optimizer.state[params[name]], "basis") for optimizer, params in results]
+        torch.testing.assert_close(bases[0], bases[1], rtol=0, atol=2e-2 if "basis_format" in options else 1e-3)
 
 
 # ---------------------------------------------------------------------- moments

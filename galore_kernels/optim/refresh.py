@@ -13,7 +13,7 @@ from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.state import adam_state, float_basis, refresh_record
 from galore_kernels.optim.update import Update, derived_seed
 from galore_kernels.quantizers import quantize_basis
-from galore_kernels.subspace import RefreshRecord, Schedule, Subspace, find_subspaces, full_precision
+from galore_kernels.subspace import RefreshRecord, Schedule, Subspace, find_subspaces, full_precision, in_batches
 
 Changes = dict[str, Any]
 
@@ -34,12 +34,12 @@ def is_asynchronous(update: Update, state: Mapping[str, Any]) -> bool:
 def batches(updates: Sequence[Update], states: Mapping[Tensor, Mapping[str, Any]]) -> list[list[Update]]:
     """``updates`` in their order, but those whose bases are found in one search behind the first of them.
 
-    On a CPU each is by itself: nothing is gained there by more, and one needs the memory of one.
+    On a CPU each is by itself: see ``in_batches``.
     """
     together: dict[object, list[Update]] = {}
     for update in updates:
         key: object = update.index
-        if update.layout.rank is not None and update.param.device.type != "cpu":
+        if update.layout.rank is not None and in_batches(update.param.device):
             grad, group = update.grad, update.group
             warm = bool(states.get(update.param)) and group["warm_start"]
             kind = (grad.device, grad.dtype, matrix_shape(grad.shape))

@@ -4,6 +4,7 @@ Everything here is plain PyTorch, imports nothing else of this package, and runs
 """
 
 from galore_kernels.subspace.precision import full_precision
+from galore_kernels.subspace.products import in_batches
 from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ranks
 from galore_kernels.subspace.refresh import REFRESH_METHODS, find_subspace, find_subspaces, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
@@ -25,6 +26,7 @@ __all__ = [
     "find_subspace",
     "find_subspaces",
     "full_precision",
+    "in_batches",
     "phases",
     "projection_side",
     "refresh_basis",
