@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 from itertools import product
 
 import pytest
@@ -141,13 +142,68 @@ def _nothing() -> pytest.WarningsRecorder:
     return pytest.WarningsRecorder(_ispytest=True)
 
 
-def test_zero_gradients_get_equal_ranks() -> None:
-    optimizer, params = two_layers(120_000)
-    for param in params.values():
-        param.grad = torch.zeros_like(param)
-    optimizer.step()  # as torch.distributed.checkpoint does before it loads
-    chosen = {optimizer.state[params[name]]["basis"].shape[1] for name in ("low", "high")}
-    assert max(chosen) - min(chosen) <= 16
+def test_gradients_without_energy_choose_no_ranks() -> None:
+    optimizer, params = two_layers(110_000)
+    for names in (["norm"], ["norm", "low", "high"], ["high"]):
+        for name, param in params.items():
+            param.grad = torch.zeros_like(param) if name in names else None
+        optimizer.step()
+        assert optimizer.param_groups[0]["chosen_ranks"] is None
+    give(params)
+    optimizer.step()
+    assert optimizer.state[params["low"]]["basis"].shape[1] == 16
+
+
+def test_a_matrix_without_a_gradient_gets_the_mean_of_the_others() -> None:
+    optimizer, params = two_layers(110_000)
+    give(params)
+    params["low"].grad = None
+    optimizer.step()
+    low, high, _ = optimizer.param_groups[0]["chosen_ranks"]
+    assert abs(low - high) <= 16  # what was left of the budget is one of them's
+    train(optimizer, params, [1])
+    assert optimizer.state[params["low"]]["basis"].shape == optimizer.state[params["high"]]["basis"].shape
+
+
+def test_a_bad_gradient_elsewhere_leaves_the_choice_open() -> None:
+    params = make_params({"low": (256, 192), "high": (256, 192)})
+    optimizer = GaLoreFusedAdam8bit(
+        [{"params": [("low", params["low"])]}, {"params": [("high", params["high"])]}], rank="auto", rank_budget=60_000
+    )
+    give({**params, "norm": nn.Parameter(torch.ones(70))})
+    assert params["high"].grad is not None
+    params["high"].grad = params["high"].grad.to_sparse()
+    with pytest.raises(ValueError, match=r'"high".*expected a dense real gradient'):
+        optimizer.step()
+    assert [group["chosen_ranks"] for group in optimizer.param_groups] == [None, None]
+
+
+def test_a_scalers_overflow_is_not_told_of() -> None:
+    optimizer, params = two_layers(110_000)
+    give(params)
+    assert params["low"].grad is not None
+    params["low"].grad[0, 0] = math.inf
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+    assert optimizer.param_groups[0]["chosen_ranks"] is None
+
+
+def test_small_moments_keep_their_format_at_every_rank() -> None:
+    params = make_params({"a": (128, 126), "b": (128, 64)})  # 8-bit from rank 32 on, were it not for the budget
+    optimizer = GaLoreFusedAdam8bit(params.values(), rank="auto", rank_budget=120_000)
+    train(optimizer, params, range(2))
+    assert {optimizer.state[param]["exp_avg"].dtype for param in params.values()} == {torch.float32}
+
+
+def test_a_group_of_given_rank_beside_chosen_ones() -> None:
+    params = make_params({"chosen": (256, 192), "given": (256, 192)})
+    groups = [{"params": [params["chosen"]], "rank": "auto"}, {"params": [params["given"]], "rank": 8}]
+    optimizer = GaLoreFusedAdamW(groups, rank="auto", rank_budget=100_000)
+    train(optimizer, params, [0])
+    assert optimizer.state[params["given"]]["basis"].shape[1] == 8
 
 
 def test_convolutions_and_groups() -> None:

@@ -15,6 +15,7 @@ from failing_allocations import FailingAllocations, watch_operations
 from optimizer_cases import (
     OPTIMIZERS,
     OPTIONS,
+    SHAPES,
     assert_same_snapshot,
     differing_keys,
     make_params,
@@ -73,6 +74,21 @@ def fails(both: Pair, fail_at: int, monkeypatch: pytest.MonkeyPatch) -> int:
     return mode.count
 
 
+def refreshing(**options: Any) -> Callable[[str, type[GaLoreAdam]], Pair]:
+    """A matrix of each side, refreshed with these options."""
+
+    def make(backend: str, optimizer_class: type[GaLoreAdam]) -> Pair:
+        params = make_params({name: SHAPES[name] for name in ("tall", "wide")})
+        return optimizer_class(list(params.items()), **OPTIONS, **options, backend=backend), params
+
+    return make
+
+
+ROTATING = refreshing(moments_on_refresh="rotate", basis_format="int8", warm_start=True)
+RESETTING = refreshing(moments_on_refresh="reset")
+ASYNCHRONOUS = refreshing(async_refresh=True, moments_on_refresh="rotate")
+
+
 @pytest.mark.parametrize(
     ("make", "optimizer_class", "steps", "at_least"),
     [
@@ -81,6 +97,9 @@ def fails(both: Pair, fail_at: int, monkeypatch: pytest.MonkeyPatch) -> int:
         (plain, GaLoreFusedAdam8bit, 3, 15),  # a refresh
         (plain, GaLoreFusedAdamW, 3, 15),
         (awkward, GaLoreFusedAdam8bit, 3, 15),
+        (ROTATING, GaLoreFusedAdam8bit, 3, 30),
+        (RESETTING, GaLoreFusedAdam8bit, 3, 15),
+        (ASYNCHRONOUS, GaLoreFusedAdam8bit, 3, 15),  # searches
     ],
 )
 def test_any_allocation_may_fail_and_the_step_be_retried(
@@ -97,6 +116,30 @@ def test_any_allocation_may_fail_and_the_step_be_retried(
 def test_any_allocation_may_fail_on_a_device(cuda_stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # One refresh, and matrices both of whose sides are projected.
     assert check_every_allocation(awkward(cuda_stand_in, GaLoreFusedAdam8bit), 3, monkeypatch) >= 15
+
+
+def test_any_allocation_may_fail_where_a_step_takes_over_what_was_found(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_the_take_over() -> Pair:
+        both = ASYNCHRONOUS(backend, GaLoreFusedAdam8bit)
+        train(*both, range(4))  # not copied: a copy is of the state after it
+        set_grads(both[1], 4)
+        return both
+
+    undisturbed = at_the_take_over()
+    points = fails(undisturbed, 0, monkeypatch)
+    after = snapshot(*undisturbed)
+    assert points >= 10
+    for fail_at in range(1, points + 1):
+        both = at_the_take_over()
+        fails(both, fail_at, monkeypatch)
+        both[0].step()
+        kept = snapshot(*both)
+        # What couldn't be taken over is found anew, in the gradient of this step.
+        done = [both[0].state[param]["refreshes"] == 2 for param in both[1].values()]
+        assert all(done)
+        assert fail_at < points or not differing_keys(kept, after)
 
 
 def check_every_allocation(both: Pair, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from galore_kernels.optim.options import AUTO, matrix_shape
 from galore_kernels.optim.state import Layout, tensor_bytes
-from galore_kernels.optim.update import derived_seed
+from galore_kernels.optim.update import Update, derived_seed
 from galore_kernels.subspace import RANK_MULTIPLE, RankChoices, choose_ranks, find_subspace
 
 #: A layer may get so many times what all would get of equal ranks: the search for its spectrum ends there.
@@ -25,6 +25,11 @@ def undecided(group: Mapping[str, Any]) -> bool:
     return group["rank"] == AUTO and group["chosen_ranks"] is None
 
 
+def finite(updates: Sequence[Update]) -> bool:
+    """Whether all gradients are."""
+    return all(bool(torch.isfinite(update.grad).all()) for update in updates)
+
+
 def check_budget(group: Mapping[str, Any], layout_of: LayoutOf) -> None:
     """Raises ValueError if the group's budget is less than its matrices take at least."""
     choose_ranks([_choices(param, group, layout_of, 1, [0.0]) for param in _matrices(group, layout_of)],
@@ -32,7 +37,7 @@ def check_budget(group: Mapping[str, Any], layout_of: LayoutOf) -> None:
 
 
 def chosen_ranks(group: Mapping[str, Any], layout_of: LayoutOf, first_index: int) -> tuple[int, ...] | None:
-    """A rank for each of the group's parameters (0 at full rank); None if a gradient is not finite.
+    """A rank for each of the group's parameters (0 at full rank); None if no gradient of a matrix holds any energy.
 
     A matrix without a gradient, or with one of zeros, is taken for the mean of the others.
 
@@ -40,10 +45,6 @@ def chosen_ranks(group: Mapping[str, Any], layout_of: LayoutOf, first_index: int
         first_index: of the group's parameters among all, for the seeds.
     """
     matrices = _matrices(group, layout_of)
-    if not matrices:
-        return (0,) * len(group["params"])
-    if not all(param.grad is None or bool(torch.isfinite(param.grad).all()) for param in matrices):
-        return None
     limits = [min(matrix_shape(param.shape)) // RANK_MULTIPLE for param in matrices]
     limits = _within_reach(matrices, group, layout_of, limits)
     places = {id(param): first_index + i for i, param in enumerate(group["params"])}
@@ -51,7 +52,10 @@ def chosen_ranks(group: Mapping[str, Any], layout_of: LayoutOf, first_index: int
         _captured(param, limit, derived_seed(group["seed"], places[id(param)], "rank"))
         for param, limit in zip(matrices, limits, strict=True)
     ]
-    mean = _mean([spectrum for spectrum in spectra if spectrum is not None], max(limits))
+    known = [spectrum for spectrum in spectra if spectrum is not None]
+    if not known:
+        return None
+    mean = _mean(known, max(limits))
     layers = [
         _choices(param, group, layout_of, limit, mean[:limit] if spectrum is None else spectrum)
         for param, limit, spectrum in zip(matrices, limits, spectra, strict=True)
@@ -74,7 +78,7 @@ def _within_reach(
         return sum(_bytes_at(param, group, layout_of, RANK_MULTIPLE * min(place, limit)) for param, limit in pairs)
 
     equal = bisect.bisect_right(range(1, max(limits) + 1), group["rank_budget"], key=bytes_of_equal)
-    return [min(limit, MOST_OF_EQUAL * equal) for limit in limits]
+    return [min(limit, MOST_OF_EQUAL * max(1, equal)) for limit in limits]
 
 
 def _bytes_at(param: Tensor, group: Mapping[str, Any], layout_of: LayoutOf, rank: int) -> int:
@@ -101,8 +105,6 @@ def _captured(param: Tensor, limit: int, seed: int) -> list[float] | None:
 
 
 def _mean(spectra: Sequence[Sequence[float]], length: int) -> list[float]:
-    """Their mean, each continued by its last value; without any, energy that is spread evenly."""
-    if not spectra:
-        return [(place + 1) / length for place in range(length)]
+    """Their mean, each continued by its last value."""
     columns = zip(*([*spectrum, *[spectrum[-1]] * (length - len(spectrum))] for spectrum in spectra), strict=True)
     return [sum(column) / len(spectra) for column in columns]

@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
-from galore_kernels.optim.options import check_group, check_param
+from galore_kernels.optim.options import AUTO, check_group, check_param
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 from galore_kernels.optim.step import SteppingOptimizer
 
@@ -101,6 +101,8 @@ class GaLoreAdam(SteppingOptimizer):
         if not explicit and self._ranks_are_explicit:
             group["rank"] = None
         group["rank_is_explicit"] = explicit
+        if group.get("rank", AUTO) != AUTO:
+            group.setdefault("rank_budget", None)  # the constructor's is for those that are chosen
         betas = group.get("betas", self.defaults["betas"])
         group["betas"] = tuple(betas) if isinstance(betas, list) else betas
         self._check_new_params(group["params"], where)
@@ -140,7 +142,7 @@ class GaLoreAdam(SteppingOptimizer):
             For each that has a basis: ``rank``; ``captured``, the estimated share of the gradient's energy in it;
             ``overlap`` with the basis before, 1 if the subspace stayed and r / S if chance alone is left of it (None
             at the first); ``refreshes``; ``refreshed_at``, the steps taken before the last; ``interval``, steps from
-            then to the next. Reads nothing from a device, but waits for an asynchronous refresh.
+            then to the next. Takes over what an asynchronous refresh has found, for which it waits.
         """
         self._take_pending()
         report = {}
@@ -166,7 +168,8 @@ class GaLoreAdam(SteppingOptimizer):
         """
         total = 0
         for group in filter(undecided, self.param_groups):
-            total += group["rank_budget"]
+            projects = any(self._layout(param, group).rank is not None for param in group["params"])
+            total += group["rank_budget"] if projects else 0
         for _, _, param, group in self._named_params():
             state = self.state.get(param)
             if undecided(group) and self._layout(param, group).rank is not None:

@@ -25,6 +25,7 @@ from galore_kernels.ops.projection import check_projection
 from galore_kernels.ops.registry import Backend
 from galore_kernels.optim.counters import Counter, Counters
 from galore_kernels.optim.options import KNOWN, matrix_shape
+from galore_kernels.optim.refresh import due_at
 from galore_kernels.optim.state import adam_state
 from galore_kernels.optim.update import Update
 
@@ -164,8 +165,8 @@ class PlannedGroup:
         asks = self._always_ask and not capturing
         if self._states is None or (self._ask_at > counters.calls and not asks):
             return []
-        due_at = [state["next_refresh"] for state in self._states]
-        self._ask_at = self._earliest(due_at)
+        steps = [due_at(member, state) for member, state in zip(self.members, self._states, strict=True)]
+        self._ask_at = self._earliest(steps)
         if self._ask_at > counters.calls and not asks:
             return []
         if capturing:
@@ -174,12 +175,12 @@ class PlannedGroup:
                 "can't hold; take this step outside of the capture"
             )
         counters.update(self.counters)
-        self._ask_at = self._earliest(due_at)
-        return [m for m, c, step in zip(self.members, self.counters, due_at, strict=True) if c.steps >= step]
+        self._ask_at = self._earliest(steps)
+        return [m for m, c, step in zip(self.members, self.counters, steps, strict=True) if c.steps >= step]
 
-    def _earliest(self, due_at: Sequence[int]) -> int:
+    def _earliest(self, steps: Sequence[int]) -> int:
         """The earliest call before which one of the members may have reached its step."""
-        return min(counter.call_of(step) for counter, step in zip(self.counters, due_at, strict=True))
+        return min(counter.call_of(step) for counter, step in zip(self.counters, steps, strict=True))
 
     def without(
         self, ids: Collection[int], states: States, options: AdamOptions, counters: Counters

@@ -114,6 +114,8 @@ def check_scheduled(group: Mapping[str, Any], where: str) -> None:
     _expect_choice(where, group, "proj_type", PROJ_TYPES)
     _expect_number(where, group, "scale", positive=True, remedy="0.25 is GaLore's default")
     _expect_count(where, group, "update_proj_gap", "200 is GaLore's default")
+    _expect_choice(where, group, "refresh_schedule", REFRESH_SCHEDULES)
+    _expect_choice(where, group, "moments_on_refresh", MOMENTS_ON_REFRESH)
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
@@ -136,11 +138,9 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         budget = group["rank_budget"]
         _expect(where, "rank_budget", budget, budget is None, 'None unless rank="auto"', "leave one of them out")
     ranks, count = group["chosen_ranks"], len(group.get("params", ()))
-    whole = isinstance(ranks, (tuple, list)) and len(ranks) == count and all(type(rank) is int for rank in ranks)
+    whole = isinstance(ranks, (tuple, list)) and len(ranks) == count and all(map(_is_chosen_rank, ranks))
     _expect(where, "chosen_ranks", ranks, ranks is None or whole, "None, or a rank for each parameter", "leave it out")
     _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
-    _expect_choice(where, group, "refresh_schedule", REFRESH_SCHEDULES)
-    _expect_choice(where, group, "moments_on_refresh", MOMENTS_ON_REFRESH)
     if group["basis_format"] is not None:
         _expect_choice(where, group, "basis_format", BASIS_FORMATS)
         both = group["proj_type"] == "full"
@@ -150,6 +150,10 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     _expect(where, "seed", seed, is_seed, "an integer >= 0", "0 is the default")
     for key in ("stochastic_rounding", "maximize", "project_nd", "warm_start", "async_refresh"):
         _expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
+
+
+def _is_chosen_rank(rank: object) -> bool:
+    return type(rank) is int and rank >= 0 and rank % RANK_MULTIPLE == 0
 
 
 def check_param(param: object, name: str) -> None:
@@ -197,6 +201,12 @@ def _chosen_rank(param: Tensor, group: Mapping[str, Any]) -> int:
     if group["chosen_ranks"] is None:
         return RANK_MULTIPLE
     rank: int = next(rank for rank, own in zip(group["chosen_ranks"], group["params"], strict=True) if own is param)
+    most = min(matrix_shape(param.shape))
+    if not 0 < rank <= most:
+        raise ValueError(
+            f"chosen_ranks: {rank} for a matrix of shape {tuple(param.shape)}, expected a multiple of {RANK_MULTIPLE} "
+            f"up to {most}; the checkpoint is damaged, or the option was edited: leave it out"
+        )
     return rank
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ class Pending:
     On a GPU the search runs on a stream and in a thread of its own (it reads numbers back, for which a host waits),
     beside the forward and backward pass that follow. On the CPU, which has no time to spare, it runs at once, to the
     same effect.
+
+    Where TF32 is allowed, products of float32 training steps that run beside a search are kept from it, as the search's
+    are (PyTorch's switch is one for all threads): their last bits then depend on what ran when.
     """
 
     def __init__(self) -> None:
@@ -29,11 +32,11 @@ class Pending:
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="galore-refresh")  # started at first use
 
     def devices(self) -> set[torch.device]:
-        """Where there are parameters whose refreshes have begun."""
+        """Where there are parameters whose searches are kept."""
         return {update.param.device for update, *_ in self._begun}
 
-    def begin(self, update: Update, state: Mapping[str, Any], step: int) -> None:
-        """Begins to find the bases in a copy of the parameter's gradient, that of step number ``step``."""
+    def begin(self, update: Update, state: Mapping[str, Any]) -> Future[Search]:
+        """Begins to find the bases in a copy of the parameter's gradient; to be handed to ``keep``, or dropped."""
         device = update.param.device
         future: Future[Search]
         if device.type != "cuda":
@@ -46,13 +49,23 @@ class Pending:
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
             future = self._threads.submit(_search, update, state, gradient, copied, self._streams[device])
-        self._begun.append((update, step, future))
+        return future
+
+    def keep(self, update: Update, search: Future[Search], step: int) -> None:
+        """Remembers a search in the gradient of step number ``step``, which was taken."""
+        self._begun.append((update, step, search))
 
     def finished(self) -> Iterator[tuple[Update, Found, int]]:
-        """(parameter, what was found, number of the step) of all refreshes begun; each is given once."""
-        begun, self._begun = self._begun, []
-        for update, step, future in begun:
-            found, done = future.result()
+        """(parameter, what was found, number of the step) of all that are kept; each is given once.
+
+        Whoever can't use what he is given, or asks for a search that failed, loses that one alone, which is then still
+        due.
+        """
+        while self._begun:
+            update, step, search = self._begun[0]
+            wait([search])  # an interrupt here loses nothing
+            del self._begun[0]
+            found, done = search.result()
             if done is not None:
                 current = torch.cuda.current_stream(update.param.device)
                 current.wait_event(done)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from galore_kernels import ops
@@ -23,7 +24,18 @@ Found = dict[str, Subspace]
 
 def is_due(update: Update, state: Mapping[str, Any]) -> bool:
     """Whether the parameter's basis has to be found in this step. Reads its step counter."""
-    return update.layout.rank is not None and refresh_record(state).due(int(state["step"]))
+    return update.layout.rank is not None and int(state["step"]) >= due_at(update, state)
+
+
+def due_at(update: Update, state: Mapping[str, Any]) -> int:
+    """The value of the parameter's step counter from which on its basis has to be found."""
+    return _schedule(update).due_at(refresh_record(state))
+
+
+def _schedule(update: Update) -> Schedule:
+    group, layout = update.group, update.layout
+    chance = (layout.rank or 0) / layout.bases["basis"][0]
+    return Schedule(group["refresh_schedule"], group["update_proj_gap"], update.phase, chance)
 
 
 def is_asynchronous(update: Update, state: Mapping[str, Any]) -> bool:
@@ -93,9 +105,10 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
     until there is a first basis, every step tries. ``backend``: for the moments.
     """
     group, record = update.group, refresh_record(state)
-    schedule = Schedule(group["refresh_schedule"], group["update_proj_gap"], update.phase)
+    schedule = _schedule(update)
     if not all(subspace.found for subspace in found.values()):
-        return {"next_refresh": schedule.planned(record, step).next_refresh} if record.refreshes else {}
+        again = schedule.planned(record, step)
+        return {"next_refresh": again.next_refresh, "interval": again.interval} if record.refreshes else {}
     changed: Changes = {}
     for name, subspace in found.items():
         if update.layout.basis_format is None:
@@ -105,7 +118,7 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
     overlap, moments = 0.0, group["moments_on_refresh"]
     reset = moments == "reset" and record.refreshes > 0
     if record.refreshes:
-        with full_precision():
+        with full_precision(), torch.autocast(update.param.device.type, enabled=False):
             turns = {name: float_basis(state, name).T @ float_basis(changed, name) for name in found}
         kept = [turn.square().sum() / found[name].basis.square().sum() for name, turn in turns.items()]
         overlap = min(map(float, kept))
@@ -113,17 +126,18 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
             changed |= _rotated(state, turns, group["betas"], backend)
         elif reset:
             changed |= _tensors(update.layout.new_state(update.param))
-    captured = float(found["basis"].captured)
+    captured, counted = float(found["basis"].captured), int(state["step"])
     record = RefreshRecord(
         refreshes=record.refreshes + 1,
-        # Where each refresh begins the count of steps anew, it tells how many were taken since the last.
-        refreshed_at=step + (record.refreshed_at if moments == "reset" else 0),
+        refreshed_at=record.counted_from + step,
+        counted_from=record.counted_from + (counted if reset else 0),
         interval=record.interval,
         captured=captured,
         captured_cold=captured if found["basis"].cold else record.captured_cold,
         overlap=overlap,
     )
-    return changed | asdict(schedule.planned(record, 0 if reset else step))
+    planned = schedule.planned(record, 0, elapsed=counted - step) if reset else schedule.planned(record, step)
+    return changed | asdict(planned)
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")

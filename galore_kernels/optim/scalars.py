@@ -58,6 +58,11 @@ class Unscaling:
         self._given = {"grad_scale": grad_scale, "found_inf": found_inf}
         self._on: dict[torch.device, dict[str, Any]] = {}
 
+    def found_inf(self, device: torch.device) -> list[Tensor]:
+        """``found_inf`` on ``device``, if it was given."""
+        found = self.on(device)["found_inf"]
+        return [] if found is None else [found]
+
     def on(self, device: torch.device) -> dict[str, Any]:
         """Both, by the names they have in ``AdamOptions``."""
         if device not in self._on:

@@ -14,7 +14,7 @@ from galore_kernels.ops.adam import WEIGHT_DTYPES, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.options import AUTO, matrix_shape, projected_rank, side_of
 from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis
-from galore_kernels.subspace import RefreshRecord
+from galore_kernels.subspace import RANK_MULTIPLE, RefreshRecord
 
 #: Tensors of fewer elements keep float32 moments: there is little to save and, in norms and biases, much to lose.
 MIN_8BIT_ELEMENTS = 4096
@@ -60,7 +60,9 @@ class Layout:
         if both:
             bases["long_basis"] = (long, rank)
         moments = (rank if both else long, rank)
-        eight_bit = eight_bit and math.prod(moments) >= MIN_8BIT_ELEMENTS
+        # Chosen ranks are fitted to a budget: moments have the format of the least, so that bytes rise with ranks.
+        least = min(rank, RANK_MULTIPLE) if group["rank"] == AUTO else rank
+        eight_bit = eight_bit and least * (least if both else long) >= MIN_8BIT_ELEMENTS
         return cls(rank, side, bases, moments, eight_bit, basis_format)
 
     def fits(self, state: Mapping[str, Any]) -> bool:

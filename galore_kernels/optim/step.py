@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.optim import multi_tensor
-from galore_kernels.optim.auto_rank import chosen_ranks, undecided
+from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_lr, check_param, check_scheduled, matrix_shape
@@ -65,8 +65,8 @@ class SteppingOptimizer(Optimizer):
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
         self._pending = Pending()
-        # Steps of groups that were left out because their ranks couldn't be chosen.
-        self._put_off = 0
+        # By group: steps that were left out because ranks couldn't be chosen.
+        self._put_off: dict[int, int] = {}
 
     def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
         """(index over all groups, name for messages, parameter, group)."""
@@ -133,6 +133,7 @@ class SteppingOptimizer(Optimizer):
                 loss = closure()
         self._take_pending()
         unscaling = Unscaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        put_off = dict(self._put_off)
         plan, grads, capture = self._planned(unscaling)
         done = self._resume_interrupted(grads)
         finished: list[Tensor] = []
@@ -148,6 +149,7 @@ class SteppingOptimizer(Optimizer):
         self._interrupted = []
         if capture:
             self._captured.append(plan)
+        self._report_put_off(put_off)
         return loss
 
     @torch.no_grad()
@@ -180,7 +182,7 @@ class SteppingOptimizer(Optimizer):
                 check_lr(group, f"param group {index}")
             self._plan = plan
             return plan, grads, False
-        updates = self._collect()
+        updates = self._collect(unscaling)
         backends = {update.param.device: self._select(update.param.device) for update in updates}
         capture = multi_tensor.capturing(backends)
         self._counters.keep(multi_tensor.own_states(self.state))
@@ -189,7 +191,8 @@ class SteppingOptimizer(Optimizer):
             return self._options(group, device, unscaling, capture=capture)
 
         plan = Plan(updates, self.state, backends, options, self._counters, capturing=capture)
-        if plan.groups and not capture and not any(map(undecided, self.param_groups)):
+        # Of parameters that are left out until their ranks are chosen a plan would not hear again.
+        if plan.groups and not capture and len(updates) == sum(grad is not None and grad.numel() > 0 for grad in grads):
             plan.rest_on(multi_tensor.observe(self.param_groups, self.state, grads), self.state)
             self._plan = plan
         return plan, grads, capture
@@ -197,45 +200,54 @@ class SteppingOptimizer(Optimizer):
     def _select(self, device: torch.device) -> registry.Backend:
         return registry.select("adam8bit_update", self._backend, device)
 
-    def _collect(self) -> list[Update]:
+    def _collect(self, unscaling: Unscaling) -> list[Update]:
         for group_index, group in enumerate(self.param_groups):
             check_scheduled(group, f"param group {group_index}")
-        self._choose_ranks()
         everything = [(*entry, self._layout(*entry[2:])) for entry in self._named_params()]
         projected = [(index, param.numel()) for index, _, param, _, layout in everything if layout.rank is not None]
         phase = dict(zip([index for index, _ in projected], phases([size for _, size in projected]), strict=True))
         updates = []
         for index, name, param, group, layout in everything:
-            if param.grad is None or param.numel() == 0 or (undecided(group) and layout.rank is not None):
+            if param.grad is None or param.numel() == 0:
                 continue
             check_param(param, name)
             updates.append(Update(param, group, index, name, layout, phase.get(index, 0.0)))
             updates[-1].check(self.state.get(param))
-        return updates
+        return self._with_chosen_ranks(updates, unscaling)
 
-    def _choose_ranks(self) -> None:
-        """Decides ``rank="auto"`` where it is undecided and there are gradients; one that isn't finite puts it off."""
+    def _with_chosen_ranks(self, updates: list[Update], unscaling: Unscaling) -> list[Update]:
+        """``updates``, with ``rank="auto"`` decided where it wasn't; without the matrices for which it can't be yet."""
         first = 0
         for index, group in enumerate(self.param_groups):
-            where, present = f"param group {index}", [p for p in group["params"] if p.grad is not None]
-            if undecided(group) and present:
-                for param in present:
-                    check_param(param, where)
-                    Update(param, group, first, where, self._layout(param, group)).check(None)
-                group["chosen_ranks"] = chosen_ranks(group, self._layout, first)
-                if group["chosen_ranks"] is None:
-                    self._put_off += 1
-                    self._report_put_off(where)
+            own = [update for update in updates if update.group is group and update.layout.rank is not None]
+            if undecided(group) and own:
+                if multi_tensor.capturing({update.param.device for update in own}):
+                    raise RuntimeError(
+                        f"{own[0].name}: its rank is not chosen yet, which a CUDA graph can't hold; take this step "
+                        "outside of the capture"
+                    )
+                overflow = any(bool(found != 0) for u in own for found in unscaling.found_inf(u.param.device))
+                if not overflow and finite(own):
+                    group["chosen_ranks"] = chosen_ranks(group, self._layout, first)
+                elif not overflow:
+                    self._put_off[index] = self._put_off.get(index, 0) + 1
+                decided = not undecided(group)
+                fitting = [replace(update, layout=self._layout(update.param, group)) for update in own if decided]
+                there = {update.index: update for update in fitting}
+                gone = {update.index for update in own} - there.keys()
+                updates = [there.get(update.index, update) for update in updates if update.index not in gone]
             first += len(group["params"])
+        return updates
 
-    def _report_put_off(self, where: str) -> None:
-        if self._put_off & (self._put_off - 1) == 0:  # as often as of skipped steps
-            warnings.warn(
-                f"{where}: a gradient is NaN or infinite, so that no ranks can be chosen; the step of the group's "
-                f"matrices was skipped ({self._put_off} so far)",
-                NonFiniteGradientWarning,
-                stacklevel=_frames_to_caller(),
-            )
+    def _report_put_off(self, before: Mapping[int, int]) -> None:
+        for index, count in self._put_off.items():
+            if _worth_telling(before.get(index, 0), count):
+                warnings.warn(
+                    f"param group {index}: a gradient is NaN or infinite, so that no ranks can be chosen; the step of "
+                    f"its matrices was skipped ({count} so far)",
+                    NonFiniteGradientWarning,
+                    stacklevel=_frames_to_caller(),
+                )
 
     def _resume_interrupted(self, grads: list[Tensor | None]) -> set[int]:
         """Parameters to leave out because an interrupted step with these very gradients has updated them."""
@@ -335,8 +347,9 @@ class SteppingOptimizer(Optimizer):
         due = is_due(update, state)
         later = due and is_asynchronous(update, state)
         changed: dict[str, Any] = {}
-        weight, new = param, state
+        weight, new, search = param, state, None
         try:
+            search = self._pending.begin(update, state) if later else None
             if due and not later:
                 found = found or find_bases([update], [state], [grad])[0]
                 changed = changes(update, state, found, step, self._backend)
@@ -373,23 +386,27 @@ class SteppingOptimizer(Optimizer):
                 self.state[param] = state
             if taken or skips > skipped:
                 finished.append(param)
+            if taken and search is not None:
+                self._pending.keep(update, search, step)
             if "step" in changed or changed.get("refreshes") == 1:
                 self._plan = None  # other seeds, or a first basis, so that it can be grouped with others
-        if taken and later:
-            self._pending.begin(update, state, step)
         if param in self.state and self._select(param.device).group is not None:
             skipped = self._counters.note(state, steps, skipped, skips)
         return skipped, skips
 
     def _report_skip(self, name: str, before: int, skipped: int) -> None:
-        # At 1, 2, 4, 8, ... skipped steps: a broken run is told of it without being drowned in it.
-        if skipped.bit_length() > before.bit_length():
+        if _worth_telling(before, skipped):
             warnings.warn(
                 f"{name}: its gradient is NaN, infinite or beyond 1.8e19; its step was skipped, weight and state are "
                 f"unchanged ({skipped} skipped so far)",
                 NonFiniteGradientWarning,
                 stacklevel=_frames_to_caller(),
             )
+
+
+def _worth_telling(before: int, now: int) -> bool:
+    """At 1, 2, 4, 8, ... skipped steps: a broken run is told of it without being drowned in it."""
+    return now.bit_length() > before.bit_length()
 
 
 def _frames_to_caller() -> int:

@@ -16,8 +16,11 @@ def rotate_moments(
     step = int(source.step)
     c = (1.0 - beta2**step) / (1.0 - beta1**step) ** 2 if step else 0.0
     variance = v - m.square() * c
-    turned, carried = m @ rotation, variance @ rotation.square()
+    # In double: on a device float32 products would be rounded to tf32 where the user allows it.
+    turn = rotation.double()
+    turned, carried = m.double() @ turn, variance.double() @ turn.square()
     if long_rotation is not None:
-        turned, carried = long_rotation.T @ turned, long_rotation.square().T @ carried
+        turned, carried = long_rotation.double().T @ turned, long_rotation.double().square().T @ carried
+    turned, carried = turned.float(), carried.float()
     for tensor, value in moment_writes(target, turned, (carried + turned.square() * c).abs()):
         tensor.copy_(value)
