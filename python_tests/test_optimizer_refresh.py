@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import warnings
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from update_cases import assert_same_bits
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning, ops
 from galore_kernels.optim import refresh
 from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.pending import Pending
 from galore_kernels.optim.state import adam_state, float_basis
+from galore_kernels.optim.update import Update
 from galore_kernels.quantizers import dequantize_basis, quantize_basis
 from galore_kernels.subspace import find_subspaces, search
 
@@ -202,6 +205,57 @@ def test_an_asynchronous_basis_is_used_from_the_next_step_on(backend: str) -> No
     assert not torch.equal(later["w"], never["w"])
 
 
+def test_a_search_that_fails_loses_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params({"a": (60, 32), "b": (60, 32)})
+    optimizer = GaLoreFusedAdamW(params.values(), rank=4, update_proj_gap=3, async_refresh=True)
+    train(optimizer, params, range(3))
+    begin = Pending.begin
+
+    def fails_for_a(self: Pending, update: Update, state: dict[str, Any]) -> Future[Any]:
+        if update.index:
+            return begin(self, update, state)
+        future: Future[Any] = Future()  # as a search in a thread of its own leaves it
+        future.set_exception(torch.OutOfMemoryError("no memory beside the step"))
+        return future
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pending, "begin", fails_for_a)
+        train(optimizer, params, [3])
+    with pytest.raises(torch.OutOfMemoryError):
+        train(optimizer, params, [4])
+    train(optimizer, params, range(4, 6))
+    report = optimizer.subspace_report()
+    assert [layer["refreshed_at"] for layer in report.values()] == [4, 3]  # a's in the next gradient
+
+
+@pytest.mark.parametrize("options", [{"moments_on_refresh": "rotate"}, {"async_refresh": True}], ids=label)
+def test_a_refresh_under_autocast_is_the_same_refresh(options: dict[str, Any]) -> None:
+    results = []
+    for enabled in (False, True):
+        params = make_params({"w": (300, 64)})
+        optimizer = GaLoreFusedAdam8bit(params.values(), rank=16, update_proj_gap=2, **options)
+        for step in range(4):
+            set_grads(params, step)
+            with torch.autocast("cpu", enabled=enabled):
+                optimizer.step()
+                taken = snapshot(optimizer, params)
+        results.append(taken)
+    assert_same_snapshot(*results)
+
+
+def test_options_edited_in_mid_run_are_checked_and_kept_to() -> None:
+    params = make_params({"w": (60, 32)})
+    optimizer = GaLoreFusedAdamW(params.values(), rank=4, update_proj_gap=10**6)
+    train(optimizer, params, range(3))
+    optimizer.param_groups[0]["update_proj_gap"] = 5
+    assert refreshed_at(optimizer, params, range(3, 12)) == {"w": [5, 10]}
+    for key in ("refresh_schedule", "moments_on_refresh"):
+        optimizer.param_groups[0][key] = "typo"
+        with pytest.raises(ValueError, match=f"{key}='typo' in param group 0"):
+            train(optimizer, params, [12])
+        optimizer.param_groups[0][key] = optimizer.defaults[key]
+
+
 # ---------------------------------------------------------------------- in batches
 
 
@@ -276,6 +330,24 @@ def test_rotated_moments_are_those_of_the_operation(
                       long_basis=after.get("long_basis"), backend=backend)  # fmt: skip
     for name in ("exp_avg", "exp_avg_sq"):
         assert_same_bits(after[name], getattr(turned, name), name)
+
+
+@pytest.mark.parametrize("async_refresh", [False, True])
+def test_reset_counts_the_steps_on(async_refresh: bool) -> None:
+    params = make_params({"w": (60, 32)})
+    optimizer = GaLoreFusedAdamW(
+        params.values(), rank=4, update_proj_gap=5, moments_on_refresh="reset", async_refresh=async_refresh
+    )
+    seen = []
+    for step in range(23):
+        set_grads(params, step)
+        if step < 2:  # no basis yet: the first comes late, but the multiples of T stay
+            for param in params.values():
+                param.grad = torch.zeros_like(param)
+        optimizer.step()
+        (report,) = optimizer.subspace_report().values() or ({"refreshed_at": None},)
+        seen.append(report["refreshed_at"])
+    assert list(dict.fromkeys(seen)) == [None, 2, 5, 10, 15, 20]
 
 
 def test_reset_begins_adam_anew(backend: str) -> None:
