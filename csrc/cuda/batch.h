@@ -15,12 +15,13 @@ struct TensorRow {
     float* m_absmax;
     float* v_absmax;
     const float* basis_scale;  // of the columns; null unless the basis is quantized
+    float* weight_scale;       // of a row's groups of 256; null unless the weight is int8
     float* step;
     index_t* skipped;
     std::uint64_t seed;
     const void* grad;
 };
-static_assert(sizeof(TensorRow) == 11 * sizeof(std::int64_t), "a row of the table is eleven int64");
+static_assert(sizeof(TensorRow) == 12 * sizeof(std::int64_t), "a row of the table is twelve int64");
 
 // Whether a basis of that dtype is quantized.
 GK_HOST_DEVICE bool is_coded(DType basis_dtype) { return basis_dtype == DType::int8 || basis_dtype == DType::int4; }

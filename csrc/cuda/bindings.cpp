@@ -52,16 +52,22 @@ void check(const char* stage, cudaError_t error) {
     }
 }
 
-TensorRow row_of(const std::array<Address, 11>& a) {
-    return TensorRow{pointer<void>(a[0]),        pointer<const void>(a[1]),
-                     pointer<void>(a[2]),        pointer<void>(a[3]),
-                     pointer<float>(a[4]),       pointer<float>(a[5]),
-                     pointer<const float>(a[6]), pointer<float>(a[7]),
-                     pointer<index_t>(a[8]),     static_cast<std::uint64_t>(a[9]),
-                     pointer<const void>(a[10])};
+TensorRow row_of(const std::array<Address, 12>& a) {
+    return TensorRow{pointer<void>(a[0]),
+                     pointer<const void>(a[1]),
+                     pointer<void>(a[2]),
+                     pointer<void>(a[3]),
+                     pointer<float>(a[4]),
+                     pointer<float>(a[5]),
+                     pointer<const float>(a[6]),
+                     pointer<float>(a[7]),
+                     pointer<float>(a[8]),
+                     pointer<index_t>(a[9]),
+                     static_cast<std::uint64_t>(a[10]),
+                     pointer<const void>(a[11])};
 }
 
-Batch make_batch(Address table, const std::array<Address, 11>& row, index_t count, index_t rows, index_t cols,
+Batch make_batch(Address table, const std::array<Address, 12>& row, index_t count, index_t rows, index_t cols,
                  index_t moments, int rank, int side, int weight_dtype, int grad_dtype, int basis_dtype, bool eight_bit,
                  bool stochastic, bool aligned) {
     if (side != 0 && side != 1) throw std::invalid_argument("side: expected 0 (right) or 1 (left)");

@@ -112,6 +112,7 @@ def galore_update(
     options: AdamOptions,
     side: str,
     scale: float,
+    weight_scale: Tensor | None = None,
 ) -> None:
     if _found_inf(options):
         return
@@ -153,6 +154,7 @@ def lowrank_update(
     options: AdamOptions,
     side: str,
     scale: float,
+    weight_scale: Tensor | None = None,
 ) -> None:
     if _found_inf(options):
         return

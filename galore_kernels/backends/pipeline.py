@@ -36,10 +36,10 @@ CONTROL_WORDS = 16
 WORKSPACE_BYTES = 256 * 2**20
 
 #: Columns of a table of addresses; the gradients' is the last.
-TABLE_COLUMNS = 11
+TABLE_COLUMNS = 12
 
 #: Columns that point to data, which the kernels may load as vectors.
-_DATA_COLUMNS = 7
+_DATA_COLUMNS = 8
 
 #: What the kernels' vector loads need of every address, and of the bytes in a row.
 ALIGNMENT = 16
@@ -51,12 +51,13 @@ class Batch:
 
     Attributes:
         addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
-            basis_scale, step, skipped, and the rounding seed; 0 where there is none.
+            basis_scale, weight_scale, step, skipped, and the rounding seed; 0 where there is none.
         gradients: the gradients' addresses; none before ``with_gradients``.
         table: both as an int64 tensor (N, TABLE_COLUMNS) on the device; None for a single tensor, whose row travels
             with the launch.
         shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
         moments: elements of each moment.
+        weight_dtype: of the weight; int8 for codes, which have a ``weight_scale``.
         basis_dtype: of the basis, or of its codes: int8, or uint8 for two 4-bit codes in a byte.
         fixed_aligned: whether every address and every row of weight, moments and basis is a multiple of 16 bytes; rows
             of codes, of eight codes.
@@ -93,8 +94,13 @@ class Batch:
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """Dtype that the basis is multiplied in, and the direction stored: the basis', or the weight's for codes."""
-        return self.basis_dtype if self.basis_dtype.is_floating_point else self.weight_dtype
+        """Dtype that the basis is multiplied in, and the direction stored: the basis', or the weight's for codes.
+
+        Where both are codes, bfloat16.
+        """
+        if self.basis_dtype.is_floating_point:
+            return self.basis_dtype
+        return torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype
 
     def long_short(self) -> tuple[int, int]:
         """(L, S) of the matrices."""
@@ -134,13 +140,13 @@ class Stages(Protocol):
         """
 
     def back_project_update(self, batch: Batch, control: Tensor, direction: Tensor) -> None:
-        """The weights, from the (L, r) direction."""
+        """The weights, from the (L, r) direction; int8 ones' scales too."""
 
     def adam_update(self, batch: Batch, control: Tensor) -> None:
         """Full rank: checks the gradients, then updates weights, moments, ``step`` and ``skipped``."""
 
     def in_one_pass(self, batch: Batch) -> bool:
-        """Whether ``galore_update`` takes this batch, and is the faster way."""
+        """Whether ``galore_update`` takes this batch, and is the faster way. It takes no int8 weights."""
 
     def galore_update(self, batch: Batch, control: Tensor) -> None:
         """project, lowrank_adam and back_project_update in one launch."""
@@ -156,7 +162,12 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _row(
-    param: Tensor, basis: Tensor | None, basis_scale: Tensor | None, state: AdamState, seed: int | None
+    param: Tensor,
+    weight_scale: Tensor | None,
+    basis: Tensor | None,
+    basis_scale: Tensor | None,
+    state: AdamState,
+    seed: int | None,
 ) -> tuple[int, ...]:
     tensors = (
         param,
@@ -166,6 +177,7 @@ def _row(
         state.exp_avg_absmax,
         state.exp_avg_sq_absmax,
         basis_scale,
+        weight_scale,
         state.step,
         state.skipped,
     )
@@ -178,8 +190,10 @@ def make_batch(group: UpdateGroup) -> Batch:
     seeds = group.rounding_seeds or (None,) * len(group.params)
     bases = group.bases or (None,) * len(group.params)
     scales = group.basis_scales or (None,) * len(group.params)
+    weight_scales = group.weight_scales or (None,) * len(group.params)
     basis, basis_scale = bases[0], scales[0]
-    addresses = tuple(_row(*row) for row in zip(group.params, bases, scales, group.states, seeds, strict=True))
+    rows = zip(group.params, weight_scales, bases, scales, group.states, seeds, strict=True)
+    addresses = tuple(_row(*row) for row in rows)
     rank = 0 if basis is None else basis.shape[1] if basis_scale is None else basis_scale.shape[0]
     basis_dtype = torch.float32 if basis is None else basis.dtype
     # Codes are loaded eight at a time: 16 bytes of what they become, in 16 bits.
@@ -291,11 +305,20 @@ class Pipeline:
         options: AdamOptions,
         side: str,
         scale: float,
+        weight_scale: Tensor | None = None,
     ) -> None:
         """Contract: ``galore_kernels.ops.galore_update``."""
         weight, grad = param.contiguous(), grad.contiguous()
         group = UpdateGroup(
-            "galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
+            "galore_update",
+            (weight,),
+            (state,),
+            (basis,),
+            side,
+            scale,
+            _seeds(options),
+            _scales(basis_scale),
+            _scales(weight_scale),
         )
         self.projected(with_gradients(make_batch(group), (grad,)), options, scale, long_basis)
         _write_back(param, weight)
@@ -311,11 +334,20 @@ class Pipeline:
         options: AdamOptions,
         side: str,
         scale: float,
+        weight_scale: Tensor | None = None,
     ) -> None:
         """Contract: ``galore_kernels.ops.lowrank_update``."""
         weight, grad = param.contiguous(), lowrank_grad.contiguous()
         group = UpdateGroup(
-            "lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options), _scales(basis_scale)
+            "lowrank_update",
+            (weight,),
+            (state,),
+            (basis,),
+            side,
+            scale,
+            _seeds(options),
+            _scales(basis_scale),
+            _scales(weight_scale),
         )
         batch = with_gradients(make_batch(group), (grad,))
         if long_basis is None:
@@ -365,7 +397,7 @@ class Pipeline:
         if long_basis is not None:
             self._both_sides(batch, options, scale, long_basis)
             return
-        if self.stages.in_one_pass(batch):
+        if batch.weight_dtype != torch.int8 and self.stages.in_one_pass(batch):
             control = new_control(batch)
             self.stages.prepare(batch, control, options, scale)
             self.stages.galore_update(batch, control)
@@ -408,8 +440,8 @@ def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
     return None if options.rounding_seed is None else (options.rounding_seed,)
 
 
-def _scales(basis_scale: Tensor | None) -> tuple[Tensor, ...]:
-    return () if basis_scale is None else (basis_scale,)
+def _scales(scale: Tensor | None) -> tuple[Tensor, ...]:
+    return () if scale is None else (scale,)
 
 
 def _write_back(param: Tensor, weight: Tensor) -> None:

@@ -72,7 +72,7 @@ class AdamOptions:
         maximize: ascend instead of descend.
         grad_scale: 0-d tensor the gradient is divided by (GradScaler's), or None.
         found_inf: 0-d tensor; anything but 0 makes the update change nothing at all, or None.
-        rounding_seed: seed for stochastic rounding of bfloat16 weights, or None for rounding to nearest.
+        rounding_seed: seed for stochastic rounding of bfloat16 and int8 weights, or None for rounding to nearest.
     """
 
     lr: Tensor
@@ -181,8 +181,8 @@ def _check_options(op: str, param: Tensor, options: AdamOptions) -> None:
             check_tensor(op, name, tensor, device=param.device, dtypes=floats)
             if tensor.numel() != 1:
                 fail(op, name, "a single number", f"shape {tuple(tensor.shape)}", "pass a 0-d tensor")
-    if options.rounding_seed is not None and param.dtype != torch.bfloat16:
-        fail(op, "rounding_seed", "None unless the weight is bfloat16", options.rounding_seed, "pass None")
+    if options.rounding_seed is not None and param.dtype not in (torch.bfloat16, torch.int8):
+        fail(op, "rounding_seed", "None unless the weight is bfloat16 or int8", options.rounding_seed, "pass None")
     if options.rounding_seed is not None and options.rounding_seed < 0:
         fail(op, "rounding_seed", "in [0, 2^63)", options.rounding_seed, "take it modulo 2^63")
 

@@ -20,6 +20,7 @@ def galore_update(
     scale: float,
     long_basis: Tensor | None = None,
     basis_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Updates ``param`` and ``state`` in place by one step of GaLore (Zhao et al., arXiv 2403.03507, algorithm 2).
@@ -34,11 +35,13 @@ def galore_update(
     All arithmetic is float32 and the weight is rounded once; if the basis is a 16-bit tensor, u is rounded to its
     dtype before the back-projection, which is what matrix units multiply. Of a quantized basis the codes are
     multiplied, R = (grad @ codes) * basis_scale and (u * basis_scale) @ codes.T, where a 16-bit weight's dtype is the
-    one that u * basis_scale is rounded to. If an element of R / grad_scale is NaN, infinite or beyond 1.8446743e19,
-    nothing changes but ``state.skipped``, which grows by one.
+    one that u * basis_scale is rounded to (an int8 weight's is bfloat16). If an element of R / grad_scale is NaN,
+    infinite or beyond 1.8446743e19, nothing changes but ``state.skipped``, which grows by one.
 
     Args:
-        param: (m, n), any strides; float32, bfloat16 or float16.
+        param: (m, n), any strides; float32, bfloat16 or float16. With ``weight_scale`` the int8 codes of
+            ``galore_kernels.quantizers.quantize_weight``, contiguous, which are rounded stochastically:
+            ``options.rounding_seed`` must be given.
         grad: (m, n); float32, bfloat16 or float16.
         basis: (S, r), contiguous; float32, bfloat16 or float16. With ``basis_scale`` the codes of
             ``galore_kernels.quantizers.quantize_basis``.
@@ -47,6 +50,7 @@ def galore_update(
         side: "left" or "right". scale: GaLore's alpha.
         long_basis: (L, r_long), contiguous, or None.
         basis_scale: (r,) float32, or None for a basis that is not quantized; not with ``long_basis``.
+        weight_scale: (m, ceil(n / 256)) float32, updated in place, or None for a weight that is not quantized.
         backend: "auto" or a name from ``backend_info()``.
 
     Raises:
@@ -62,6 +66,7 @@ def galore_update(
         *flat_state(state, options),
         side=side,
         scale=scale,
+        weight_scale=weight_scale,
         **flat_options(options, backend),
     )
 

@@ -16,13 +16,14 @@ class UpdateGroup:
     """What the updates of N tensors share, and the tensors themselves. Checked by whoever makes it.
 
     Attributes:
-        operation: "galore_update" or "adam8bit_update".
+        operation: "galore_update", "lowrank_update" or "adam8bit_update".
         params: N weights, contiguous, of one shape, dtype and device.
         states: Adam's state of each; all with 8-bit or all with float32 moments.
         bases: the basis of each, contiguous, of one shape and dtype; empty at full rank.
         side: "left" or "right"; of no meaning at full rank. scale: GaLore's alpha; 1 at full rank.
         rounding_seeds: of each for stochastic rounding, or None for rounding to nearest.
         basis_scales: of each if the bases are quantized, else empty.
+        weight_scales: of each if the weights are int8, else empty.
     """
 
     operation: str
@@ -33,6 +34,7 @@ class UpdateGroup:
     scale: float = 1.0
     rounding_seeds: tuple[int, ...] | None = None
     basis_scales: tuple[Tensor, ...] = ()
+    weight_scales: tuple[Tensor, ...] = ()
 
 
 class GroupUpdate(Protocol):
@@ -49,7 +51,7 @@ class GroupUpdate(Protocol):
         of its kind shows it) and for interrupts.
 
         Args:
-            grads: the gradient of each parameter, in their order: its shape, contiguous, all of one dtype. Their
-                addresses may differ from step to step.
+            grads: the gradient of each parameter, in their order: its shape (projected: that of the moments),
+                contiguous, all of one dtype. Their addresses may differ from step to step.
             options: the scalars; ``rounding_seed`` is ignored, the group has one for each tensor.
         """

@@ -20,14 +20,15 @@ def lowrank_update(
     scale: float,
     long_basis: Tensor | None = None,
     basis_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """``galore_update`` for a gradient that is projected already: everything after its first line.
 
     Args:
-        param: (m, n), any strides; float32, bfloat16 or float16.
         lowrank_grad: R of shape (L, r), or (r_long, r) with ``long_basis``; float32, bfloat16 or float16.
-        basis, state, options, side, scale, long_basis, basis_scale, backend: as in ``galore_update``.
+        param, basis, state, options, side, scale: as in ``galore_update``.
+        long_basis, basis_scale, weight_scale, backend: as there.
 
     Raises:
         ValueError: an argument doesn't fit; the message names it. Nothing has changed.
@@ -42,6 +43,7 @@ def lowrank_update(
         *flat_state(state, options),
         side=side,
         scale=scale,
+        weight_scale=weight_scale,
         **flat_options(options, backend),
     )
 

@@ -19,9 +19,10 @@ from galore_kernels.ops.adam import (
     check_adam,
     check_tensor,
     check_weight,
+    fail,
 )
 from galore_kernels.ops.library import define
-from galore_kernels.quantizers import BASIS_CODE_DTYPES, basis_code_shape
+from galore_kernels.quantizers import BASIS_CODE_DTYPES, basis_code_shape, weight_scale_shape
 
 SIDES = ("left", "right")
 
@@ -91,6 +92,27 @@ def _check_quantized(
     return rank
 
 
+def check_projected_weight(op: str, param: Tensor, weight_scale: Tensor | None, options: AdamOptions) -> None:
+    """Raises ValueError unless ``param`` is a weight, or the codes of an int8 weight with its scales."""
+    if weight_scale is None:
+        check_weight(op, param)
+        return
+    check_tensor(op, "param", param, device=param.device, dtypes=(torch.int8,), contiguous=True)
+    if param.dim() == 2:
+        shape = weight_scale_shape((param.shape[0], param.shape[1]))
+        check_tensor(
+            op,
+            "weight_scale",
+            weight_scale,
+            device=param.device,
+            dtypes=(torch.float32,),
+            shape=shape,
+            contiguous=True,
+        )
+    if options.rounding_seed is None:
+        fail(op, "rounding_seed", "given for an int8 weight", None, "its steps are parts of a code's: pass a seed")
+
+
 def define_projected_update(name: str, grad_argument: str) -> None:
     """Registers ``galore_kernels::name``, whose gradient is (m, n) if called ``grad``, else (L, r)."""
 
@@ -104,8 +126,9 @@ def define_projected_update(name: str, grad_argument: str) -> None:
         options: AdamOptions,
         side: str,
         scale: float,
+        weight_scale: Tensor | None,
     ) -> None:
-        check_weight(name, param)
+        check_projected_weight(name, param, weight_scale, options)
         lowrank_shape = check_projection(name, param, basis, long_basis, basis_scale, side, scale)
         shape = tuple(param.shape) if grad_argument == "grad" else lowrank_shape
         check_tensor(name, grad_argument, grad, device=param.device, dtypes=WEIGHT_DTYPES, shape=shape)
@@ -120,13 +143,14 @@ def define_projected_update(name: str, grad_argument: str) -> None:
         *state_tensors: Any,
         side: str,
         scale: float,
+        weight_scale: Tensor | None = None,
         backend: str = "auto",
         **options: Any,
     ) -> None:
         state, bundled = bundle(*state_tensors, **options)
-        check(param, grad, basis, long_basis, basis_scale, state, bundled, side, scale)
+        check(param, grad, basis, long_basis, basis_scale, state, bundled, side, scale, weight_scale)
         kernel = registry.kernel(name, backend, param.device)
-        kernel(param, grad, basis, long_basis, basis_scale, state, bundled, side, scale)
+        kernel(param, grad, basis, long_basis, basis_scale, state, bundled, side, scale, weight_scale)
         torch.autograd.graph.increment_version(param)
 
     def fake(
@@ -138,13 +162,15 @@ def define_projected_update(name: str, grad_argument: str) -> None:
         *state_tensors: Any,
         side: str,
         scale: float,
+        weight_scale: Tensor | None = None,
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        check(param, grad, basis, long_basis, basis_scale, *bundle(*state_tensors, **options), side, scale)
+        bundled = bundle(*state_tensors, **options)
+        check(param, grad, basis, long_basis, basis_scale, *bundled, side, scale, weight_scale)
 
     schema = (
         f"(Tensor(a!) param, Tensor {grad_argument}, Tensor basis, Tensor? long_basis, Tensor? basis_scale, "
-        f"{STATE_SCHEMA}, *, str side, float scale, {OPTIONS_SCHEMA}) -> ()"
+        f"{STATE_SCHEMA}, *, str side, float scale, Tensor(h!)? weight_scale=None, {OPTIONS_SCHEMA}) -> ()"
     )
     define(name, schema, run, fake)

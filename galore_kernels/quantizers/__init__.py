@@ -16,18 +16,30 @@ from galore_kernels.quantizers.blockwise import (
     dynamic_map,
     rounding_thresholds,
 )
+from galore_kernels.quantizers.weight import (
+    GROUP_SIZE,
+    dequantize_weight,
+    quantize_weight,
+    requantize_weight,
+    weight_scale_shape,
+)
 
 __all__ = [
     "BASIS_CODE_DTYPES",
     "BASIS_FORMATS",
     "BLOCK_SIZE",
+    "GROUP_SIZE",
     "SIGNED_ZERO_CODE",
     "UNSIGNED_ZERO_CODE",
     "basis_code_shape",
     "basis_codes",
     "block_count",
     "dequantize_basis",
+    "dequantize_weight",
     "dynamic_map",
     "quantize_basis",
+    "quantize_weight",
+    "requantize_weight",
     "rounding_thresholds",
+    "weight_scale_shape",
 ]

@@ -82,12 +82,14 @@ def adam_direction(m: Tensor, v: Tensor, options: AdamOptions) -> Tensor:
     return torch.where(denominator > 0, m / denominator, torch.zeros_like(m))
 
 
-def commit(param: Tensor, weight: Tensor, m: Tensor, v: Tensor, state: AdamState) -> None:
-    """Writes the new weight (already rounded to its dtype) and moments (8-bit: requantized) and counts the step.
+def commit(weight: list[tuple[Tensor, Tensor]], m: Tensor, v: Tensor, state: AdamState) -> None:
+    """Writes the new weight and moments (8-bit: requantized) and counts the step.
+
+    ``weight``: (tensor, what it becomes) of all that a weight consists of, already rounded.
 
     Everything that allocates comes before the first write, so that running out of memory changes nothing.
     """
-    for target, value in [(param, weight), *moment_writes(state, m, v), (state.step, state.step + 1)]:
+    for target, value in [*weight, *moment_writes(state, m, v), (state.step, state.step + 1)]:
         target.copy_(value.view(target.shape))
 
 

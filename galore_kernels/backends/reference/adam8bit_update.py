@@ -17,4 +17,4 @@ def adam8bit_update(param: Tensor, grad: Tensor, state: AdamState, options: Adam
     m, v = adam.adam_moments(g, state, options)
     direction = adam.adam_direction(m, v, options)
     weight = adam.updated_weight(param, direction, adam.step_size(options, step), options)
-    adam.commit(param, rounded(weight, param.dtype, options.rounding_seed, step), m, v, state)
+    adam.commit([(param, rounded(weight, param.dtype, options.rounding_seed, step))], m, v, state)
