@@ -11,6 +11,7 @@ from galore_kernels.ops import backend_info
 from galore_kernels.optim import (
     GaLoreFusedAdam8bit,
     GaLoreFusedAdamW,
+    LayerwiseOptimizer,
     NonFiniteGradientWarning,
     galore_param_groups,
 )
@@ -20,6 +21,7 @@ __version__: str = _build_info()["version"]
 __all__ = [
     "GaLoreFusedAdam8bit",
     "GaLoreFusedAdamW",
+    "LayerwiseOptimizer",
     "NonFiniteGradientWarning",
     "__version__",
     "backend_info",

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from galore_kernels.quantizers import basis_codes
-from galore_kernels.subspace import Factors
+from galore_kernels.subspace import Factors, project_rows
 
 
 class Owner(Protocol):
@@ -96,10 +95,7 @@ class LowRankGradient:
         """(T, r) of (T, S): ``rows @ P`` in their dtype."""
         if self.basis is None:
             raise RuntimeError("there is no basis yet")
-        if self.basis_scale is None:
-            return rows @ self.basis.to(rows.dtype)
-        codes = basis_codes(self.basis, self.rank).to(rows.dtype)
-        return (rows @ codes) * self.basis_scale.to(rows.dtype)
+        return project_rows(rows, self.basis, self.basis_scale)
 
     def of(self, grad_output: Tensor, saved: Tensor, *, is_projected: bool) -> Tensor:
         """R of one backward pass, (L, r) in the carrier's dtype.
@@ -129,6 +125,11 @@ class LowRankGradient:
             owner.find_first_basis(self, Factors([(grad_output, inputs)]))
         elif self.keeps_factors:
             self.factors.append((grad_output, inputs))
+
+    def release(self) -> None:
+        """Gives up the memory of the last gradient, which whoever has updated the weight needs no more."""
+        self.carrier.grad = None
+        self.carrier.data = self.carrier.new_zeros(()).expand(self.carrier.shape)
 
     def use(self, state: Mapping[str, Any] | None) -> None:
         """Takes the basis of the optimizer's state of the carrier, once there is one."""

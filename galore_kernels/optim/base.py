@@ -14,12 +14,12 @@ from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.factored import check_factored
+from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, check_group, check_param
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
-from galore_kernels.optim.step import SteppingOptimizer
 
 
-class GaLoreAdam(SteppingOptimizer):
+class GaLoreAdam(OneByOne):
     """Adam in the gradient's low-rank subspace: what both public optimizers are, but for the format of the moments."""
 
     def __init__(

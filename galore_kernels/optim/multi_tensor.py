@@ -29,6 +29,9 @@ from galore_kernels.optim.refresh import due_at
 from galore_kernels.optim.state import adam_state
 from galore_kernels.optim.update import Update
 
+#: By the index of their parameters.
+Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
+
 States = Mapping[Tensor, dict[str, Any]]
 
 _options = itemgetter(*(key for key in KNOWN if key not in ("params", "param_names", "lr", "betas")))
@@ -198,7 +201,7 @@ class PlannedGroup:
         rest = [member for member in self.members if id(member.param) not in ids]
         return PlannedGroup(rest, states, self._backend, options, counters) if rest else None
 
-    def run(self, gradients: Sequence[Tensor | None], options: AdamOptions) -> None:
+    def run(self, gradients: Gradients, options: AdamOptions) -> None:
         """One step of all members, each with its gradient among those of all parameters."""
         grads: list[Any] = [gradients[index] for index in self._indices]
         if self._copies:
