@@ -77,9 +77,15 @@ class LowRankGradient:
 
     @property
     def weight(self) -> Tensor:
-        """The weight (m, n)."""
-        weight: Tensor = self.layer.weight
+        """The weight (m, n), or its int8 codes."""
+        weight: Tensor = self.layer.stored_weight()[0]
         return weight
+
+    @property
+    def weight_scale(self) -> Tensor | None:
+        """The scales of int8 codes (m, ceil(n / 256)), or None."""
+        scale: Tensor | None = self.layer.stored_weight()[1]
+        return scale
 
     def _after_backward(self, carrier: Tensor) -> None:
         if self._written is not None and carrier._version != self._written:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_kernels.nn import lowrank_gradient_of
+from galore_kernels.nn import WeightCodes, lowrank_gradient_of
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
@@ -131,7 +131,8 @@ class GaLoreAdam(OneByOne):
                 )
             param = entry[1] if isinstance(entry, tuple) else entry
             name = f"{where}, parameter {position}" + (f' ("{_entry_name(entry)}")' if _entry_name(entry) else "")
-            check_param(param, name)
+            if not isinstance(param, WeightCodes):  # which have no gradient: what updates them is another parameter
+                check_param(param, name)
             if id(param) in present:
                 raise ValueError(f"{name}: given twice; pass each parameter once (tied weights are one parameter)")
             present.add(id(param))

@@ -282,7 +282,8 @@ class SteppingOptimizer(Optimizer):
             Update(param, group, index, name, self._layout(param, group), factored=lowrank_gradient_of(param))
             for index, name, param, group in self._named_params()
         ]
-        projected = [update for update in updates if update.layout.rank is not None]
+        stored = {id(gradient.weight) for gradient in self._prepared}  # which others carry the gradients of
+        projected = [update for update in updates if update.layout.rank is not None and id(update.param) not in stored]
         phase = phases([update.weight.numel() for update in projected])
         placed = {update.index: replace(update, phase=own) for update, own in zip(projected, phase, strict=True)}
         return [placed.get(update.index, update) for update in updates]
@@ -457,6 +458,7 @@ class SteppingOptimizer(Optimizer):
                     scale=float(group["scale"]),
                     long_basis=new.get("long_basis"),
                     basis_scale=new.get("basis_scale"),
+                    weight_scale=update.weight_scale,
                     backend=self._backend,
                 )
             int(state["step"])  # here the host waits, and here Ctrl-C strikes
