@@ -116,7 +116,8 @@ def unprepare(model: Model) -> Model:
     for layer in [module for module in model.modules() if isinstance(module, FactoredLinear)]:
         key = id(layer.gradient)
         if key not in weights:
-            weights[key] = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
+            own = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
+            weights[key] = cast(nn.Parameter, own)
             weights[key].requires_grad_(True)
         delattr(layer, CARRIER)
         if isinstance(layer, Int8Linear):
