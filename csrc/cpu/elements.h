@@ -126,6 +126,16 @@ template <class F>
     }
 }
 
+// The 16-bit integers at p as fp32.
+template <class F>
+[[gnu::always_inline]] static inline F load_numbers(const std::uint16_t* p) {
+    if constexpr (!std::is_same_v<F, float>) {
+        return __builtin_convertvector(reinterpret_cast<VectorIntegers>(load_halves(p)), Vector);
+    } else {
+        return static_cast<float>(*p);
+    }
+}
+
 static inline void unpack_codes(const Int4Pair* source, index_t n, Int8* __restrict out) {
     const auto low = [](std::uint8_t codes) { return Int8{static_cast<std::int8_t>(((codes & 15) ^ 8) - 8)}; };
     for (index_t i = 0; i < n / 2; ++i) {
