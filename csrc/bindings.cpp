@@ -104,7 +104,7 @@ Weight weight_of(Address data, int dtype_code, Seed rounding_seed, index_t step)
             "rounding_seed: stochastic rounding is for bfloat16 parameters (param_dtype=1), got param_dtype=" +
             std::to_string(dtype_code) + "; pass None");
     }
-    return Weight{pointer<void>(data), dtype, nullptr, rounding_of(rounding_seed, step)};
+    return Weight{pointer<void>(data), dtype, rounding_of(rounding_seed, step), nullptr};
 }
 
 // The same of a projected weight, which may be int8 codes.
@@ -119,7 +119,7 @@ Weight projected_weight_of(Address data, int dtype_code, Address scale, Seed rou
     if (!rounding_seed) {
         throw std::invalid_argument("rounding_seed=None: expected a seed with int8 parameters (param_dtype=3)");
     }
-    return Weight{pointer<void>(data), dtype, pointer<float>(scale), rounding_of(rounding_seed, step)};
+    return Weight{pointer<void>(data), dtype, rounding_of(rounding_seed, step), pointer<float>(scale)};
 }
 
 Projection projection_of(index_t rows, index_t cols, int side, Address basis, int basis_dtype, Address basis_scale,

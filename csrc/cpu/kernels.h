@@ -27,8 +27,8 @@ struct WeightRounding {
 struct Weight {
     void* data;
     DType dtype;
-    float* scale;  // of a row's groups of 256 where the weight is int8, else null
     WeightRounding rounding;
+    float* scale;  // of a row's groups of 256 where the weight is int8, else null
 };
 
 // The matrix of a weight or gradient and the subspace it is projected to.

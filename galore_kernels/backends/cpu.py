@@ -180,7 +180,8 @@ def _rank(basis: Tensor, basis_scale: Tensor | None) -> int:
 
 
 def _workspace(param: Tensor, rank: int, side: str, threads: int) -> Tensor:
-    size = _native.workspace_bytes(*param.shape, rank, SIDE_CODES[side], DTYPE_CODES[param.dtype], threads)
+    rows, cols = param.shape
+    size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], DTYPE_CODES[param.dtype], threads)
     return torch.empty(size, dtype=torch.uint8)
 
 
