@@ -114,6 +114,7 @@ SHAPES = [
     (5, 257, 3),  # rows begin inside a block of eight random numbers
     (70, 530, 17),  # several tiles of rows and panels of columns, and a short last group
     (300, 40, 4),  # many rows
+    (9, 600, 300),  # a rank of which few columns of the direction fit the native backend's panel
 ]
 
 FACTORS = [  # dtype of gradient and basis, or the quantized basis' format
@@ -285,9 +286,9 @@ def test_rounding_is_unbiased_and_of_the_right_distribution(backend: str) -> Non
 
 @pytest.mark.parametrize("side", SIDES)
 def test_two_hundred_updates_stay_within_what_the_rounding_explains(backend: str, side: str) -> None:
-    # Steps of about 5 % of a code that go one way: rounded to nearest, they would all be lost, by ten codes.
+    # Steps of about 5 % of a code that go one way: rounded to nearest they would all be lost, ten codes in the end.
     rows, cols, updates = 8, 300, 200
-    p = make_problem(rows, cols, 2, side, lr=2e-3, weight_decay=0.1, rounding_seed=SEED)
+    p = make_problem(rows, cols, 2, side, lr=3e-4, weight_decay=0.1, rounding_seed=SEED)
     state = AdamState.zeros(tuple(p.state.exp_avg.shape), eight_bit=False)
     p = replace(p, scale=1.0, state=state, basis=p.basis.sign())
     int8 = of_weight(p, torch.randn(rows, cols) / 4)
@@ -300,18 +301,20 @@ def test_two_hundred_updates_stay_within_what_the_rounding_explains(backend: str
         projection={"side": side, "scale": p.scale},
     )
     drift = torch.randn(state.exp_avg.shape)
-    moves, largest_scale, new_scales = np.zeros((rows, cols)), scale.clone(), torch.zeros_like(scale)
+    moves, no_bits = np.zeros((rows, cols)), np.zeros((rows, cols))
+    largest_scale, rule, new_scales = scale.clone(), f64(scale), torch.ones_like(scale)
     for _ in range(updates):
         grad = drift + torch.randn(drift.shape) / 4
-        weight_before, scale_before = f64(exact.param), scale.clone()
+        weight_before, rule_before = f64(exact.param), rule
         for call in (quantized, exact):
             replace(call, grad=grad).run(backend)
         moves += np.abs(f64(exact.param) - weight_before)
-        new_scales += scale != scale_before
+        rule = oracle.requantize_weight(f64(exact.param), rule, no_bits)[1]
+        new_scales += torch.from_numpy(rule != rule_before)  # and one: the roundings may carry a weight past an edge
         largest_scale = torch.maximum(largest_scale, scale)
     error = f64(dequantize_weight(quantized.param, scale, torch.float32)) - f64(exact.param)
     bound = tolerances.int8_trajectory(moves, per_element(largest_scale, cols), per_element(new_scales, cols))
-    assert (moves / per_element(largest_scale, cols)).mean() > 5  # nothing moved would prove nothing
+    assert 5 < (moves / per_element(largest_scale, cols)).mean() < 20
     relative = error / bound
     assert (relative**2).mean() < 1
     assert abs(relative.mean()) * relative.size**0.5 < -NormalDist().inv_cdf(tolerances.SIGNIFICANCE / 2)
