@@ -2,6 +2,8 @@
 // which an update keeps scales and rounds codes; why it is that rule is in galore_kernels/quantizers/weight.py.
 #pragma once
 
+#include <cmath>
+
 #include "platform.h"
 
 namespace gk {
@@ -21,20 +23,26 @@ GK_HOST_DEVICE float weight_scale(float absmax, float old_scale) {
     return kept ? old_scale : absmax / kNewWeightCode;
 }
 
-// The code of an updated weight, rounded stochastically by random16, uniform on 0..65535: with x = value / scale,
-// floor(x) or, with the probability x - floor(x), floor(x) + 1. NaN, of an infinite weight or scale, has the code 0.
+// The code of an updated weight, as a whole number, rounded stochastically by random16, uniform on 0..65535: with
+// x = value / scale, floor(x) or, with the probability x - floor(x), floor(x) + 1. NaN, of an infinite weight or scale,
+// has the code 0. F is float, or a CPU kernel's vector of floats; floor is called with magnitudes up to 127.
+template <class F, class Floor>
+GK_HOST_DEVICE F weight_code_number(F value, float scale, F random16, const Floor& floor) {
+    const F x = scale > 0.0f ? value / scale : F{};
+    // Clamping first gives the same code as clamping last, and keeps every conversion to integers defined. The
+    // comparisons' order lets NaN through to the third.
+    const F least = F{} - kLargestWeightCode, largest = F{} + kLargestWeightCode;
+    const F above = x < least ? least : x;
+    const F within = above > largest ? largest : above;
+    const F number = within == within ? within : F{};
+    const F whole = floor(number);
+    return random16 < (number - whole) * 65536.0f ? whole + 1.0f : whole;
+}
+
 GK_HOST_DEVICE std::int8_t weight_code(float value, float scale, std::uint32_t random16) {
-    const float x = scale > 0.0f ? value / scale : 0.0f;
-    // Clamping first gives the same code as clamping last, and leaves only integers that every conversion is defined
-    // for. The comparisons' order sends NaN through all of them.
-    const float above = x < -kLargestWeightCode ? -kLargestWeightCode : x;
-    const float within = above > kLargestWeightCode ? kLargestWeightCode : above;
-    const float number = within == within ? within : 0.0f;
-    const std::int32_t truncated = static_cast<std::int32_t>(number);
-    const std::int32_t floor = truncated - (static_cast<float>(truncated) > number ? 1 : 0);
-    const float rest = (number - static_cast<float>(floor)) * 65536.0f;
-    const std::int32_t code = floor + (static_cast<float>(static_cast<std::int32_t>(random16)) < rest ? 1 : 0);
-    return static_cast<std::int8_t>(code);
+    const float random = static_cast<float>(static_cast<std::int32_t>(random16));
+    const float code = weight_code_number(value, scale, random, [](float x) { return std::floor(x); });
+    return static_cast<std::int8_t>(static_cast<std::int32_t>(code));
 }
 
 }  // namespace gk
