@@ -135,7 +135,9 @@ def test_everything_is_the_references_to_the_bit_where_sums_are_exact(
     cuda_stand_in: str, shape: tuple[int, int, int], side: str, basis: torch.dtype | str
 ) -> None:
     # A decay by 0.4 leaves magnitudes below half of the codes' range: every group takes a new scale.
-    for grad_dtype, scalars in ((BF16, {"weight_decay": 0.1}), (F32, {"weight_decay": 600.0, "grad_scale": 2.0})):
+    shrinking: dict[str, Any] = {"weight_decay": 600.0, "grad_scale": 2.0}
+    growing: dict[str, Any] = {"weight_decay": 0.1}
+    for grad_dtype, scalars in ((BF16, growing), (F32, shrinking)):
         x = with_exact_sums(make(*shape, side, basis, grad_dtype=grad_dtype, **scalars))
         got = x.solved(cuda_stand_in)
         assert_same_weight(got, x.solved("reference"))
