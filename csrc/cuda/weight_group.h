@@ -8,8 +8,8 @@ namespace gk::cuda {
 
 static_assert(kWeightGroup == kLanes * kEight, "a group is a warp's work");
 
-// The new codes and scale of group `group` of row `weight_row`. x moves the lane's eight weights; those beyond the
-// row's end are left out. All lanes of the warp call it.
+// The new codes and scale of group `group` of row `weight_row`. x moves the lane's eight weights, and is 0 beyond the
+// row's end. All lanes of the warp call it.
 __device__ __forceinline__ void update_weight_group(const Batch& batch, const TensorRow& row, const Control& control,
                                                     const float (&x)[kEight], index_t weight_row, index_t group) {
     const int lane = threadIdx.x % kLanes;
@@ -22,8 +22,7 @@ __device__ __forceinline__ void update_weight_group(const Batch& batch, const Te
     float w[kEight];
 #pragma unroll
     for (int k = 0; k < kEight; ++k) {
-        const float old = whole_number<8>(code[k], 0) * old_scale;
-        w[k] = k < count ? adam_weight(old, x[k], control.coefficients) : 0.0f;
+        w[k] = adam_weight(whole_number<8>(code[k], 0) * old_scale, x[k], control.coefficients);
     }
     const float absmax = block_absmax(w);  // also tells that every lane has read the old scale
     const float new_scale = gk::weight_scale(absmax, old_scale);
