@@ -10,7 +10,8 @@ or, for a whole process, by the same as JSON in the environment variable ``GALOR
 
     GALORE_KERNELS_TRITON='{"project": {"rows": 64, "warps": 4}, "splits": 2}' python train.py
 
-Keys are the stages' names ("back_project_update_int8" is that of int8 weights), "splits" (into how many parts ``project`` cuts the short dimension) and "architecture".
+Keys are the stages' names, "splits" (into how many parts ``project`` cuts the short dimension) and "architecture".
+``back_project_update`` has the name "back_project_update_int8" where the weight is int8.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def _checked(overrides: _Overrides, where: str) -> _Overrides:
 def _check_tile(stage: str, changes: Any, where: str) -> None:
     known = {field.name for field in fields(ElementTile if stage in _ELEMENTS else Tile)}
     if stage == "back_project_update_int8":
-        known.remove("columns")  # the scales' format
+        known.remove("columns")  # always one group
     if not isinstance(changes, Mapping) or not set(changes) <= known:
         raise ValueError(f"{where}: {stage} takes a mapping of {', '.join(sorted(known))}, got {changes!r}")
     for name, value in changes.items():

@@ -21,10 +21,10 @@ def updated_scale(absmax: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def stochastic_codes(x: tl.tensor, scale: tl.tensor, random16: tl.tensor) -> tl.tensor:
-    """int8 codes of a tile given its rows' scales. A NaN has the code 0."""
+    """int8 codes of a tile given its rows' scales. A NaN has the code 0, and what has no scale."""
     scale = scale[:, None]
-    # A group of zeros has no scale: 0 / 1 has the code 0.
-    x = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0))
+    some = scale > 0.0
+    x = tl.where(some, tl.div_rn(x, tl.where(some, scale, 1.0)), 0.0)
     floor = tl.floor(x)
     code = floor + (random16.to(tl.float32) < (x - floor) * 65536.0).to(tl.float32)
     code = tl.minimum(tl.maximum(code, -LARGEST_CODE), LARGEST_CODE)
