@@ -132,17 +132,21 @@ def assert_same(got: tuple[Tensor, Tensor, AdamState], expected: tuple[Tensor, T
     assert_same_bits(got[0], expected[0], "codes")
 
 
+#: (shape, rank, parts of the short dimension, basis)
+CASES = [
+    # Rows end within a group, and begin with eight elements that share random bits.
+    *(((37, 600), 19, 1, basis_format) for basis_format in BASES),
+    # Everything is aligned, every group whole.
+    *(((48, 512), 32, 2, basis_format) for basis_format in ("bf16", "int4")),
+    # A group of one element; eight elements that share random bits lie in two rows.
+    *(((21, 257), 5, 3, basis_format) for basis_format in ("fp32", "int8")),
+    # Less than any tile.
+    ((5, 3), 1, 1, "bf16"),
+]
+
+
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("basis_format", BASES)
-@pytest.mark.parametrize(
-    ("shape", "rank", "splits"),
-    [
-        ((48, 512), 32, 2),  # everything is aligned, every group whole
-        ((37, 600), 19, 1),  # rows end within a group, and begin with eight elements that share random bits
-        ((21, 257), 5, 3),  # a group of one element; eight elements that share random bits lie in two rows
-        ((5, 3), 1, 1),  # less than any tile
-    ],
-)
+@pytest.mark.parametrize(("shape", "rank", "splits", "basis_format"), CASES)
 def test_updates_are_the_references(
     shape: tuple[int, int], rank: int, splits: int, basis_format: str, side: str
 ) -> None:

@@ -145,8 +145,8 @@ _PRODUCTS: dict[tuple[str, str, int], _Column] = {
         32: Tile(64, GROUP_SIZE, 32, 8, 2),
         64: Tile(64, GROUP_SIZE, 64, 8, 3),
     },
-    ("sm_80", "back_project_update_int8", 32): {16: Tile(32, GROUP_SIZE, 16, 8, 3)},
-    ("sm_89", "back_project_update_int8", 32): {16: Tile(32, GROUP_SIZE, 16, 8, 3)},
+    ("sm_80", "back_project_update_int8", 32): {32: Tile(32, GROUP_SIZE, 32, 8, 2)},
+    ("sm_89", "back_project_update_int8", 32): {32: Tile(32, GROUP_SIZE, 32, 8, 2)},
     ("sm_90", "back_project_update_int8", 32): {16: Tile(64, GROUP_SIZE, 16, 8, 3)},
 }
 

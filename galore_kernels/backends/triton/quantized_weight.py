@@ -25,7 +25,9 @@ def stochastic_codes(x: tl.tensor, scale: tl.tensor, random16: tl.tensor) -> tl.
     scale = scale[:, None]
     some = scale > 0.0
     x = tl.where(some, tl.div_rn(x, tl.where(some, scale, 1.0)), 0.0)
-    floor = tl.floor(x)
-    code = floor + (random16.to(tl.float32) < (x - floor) * 65536.0).to(tl.float32)
-    code = tl.minimum(tl.maximum(code, -LARGEST_CODE), LARGEST_CODE)
-    return tl.where(x == x, code, 0.0).to(tl.int32).to(tl.int8)
+    # Clamping first gives the same codes as clamping last. No tl.floor, which on a device flushes subnormal numbers.
+    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -LARGEST_CODE), LARGEST_CODE)
+    truncated = x.to(tl.int32)
+    floor = truncated - (truncated.to(tl.float32) > x).to(tl.int32)
+    rest = (x - floor.to(tl.float32)) * 65536.0
+    return (floor + (random16.to(tl.float32) < rest).to(tl.int32)).to(tl.int8)
