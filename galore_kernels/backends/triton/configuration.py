@@ -37,9 +37,6 @@ ENVIRONMENT_VARIABLE = "GALORE_KERNELS_TRITON"
 #: Architectures with a column of their own. Others take the one that fits them: see ``architecture``.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 
-#: Rows, columns and depth of the smallest product that Triton takes.
-_LEAST = 16
-
 #: What is not NVIDIA's takes the smallest tiles, with two stages: AMD's programs have 64 KB of shared memory.
 _OTHER = "other"
 
@@ -131,7 +128,7 @@ _PRODUCTS: dict[tuple[str, str, int], _Column] = {
     ("sm_80", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
     ("sm_89", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
     ("sm_90", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
-    # A tile of an int8 weight is one group wide.
+    # int8 weights: a tile is one group wide. What their codes take comes on top of the accumulator's registers.
     ("sm_80", "back_project_update_int8", 16): {
         16: Tile(64, GROUP_SIZE, 16, 8, 2),
         32: Tile(64, GROUP_SIZE, 32, 8, 3),
@@ -220,7 +217,7 @@ def _check_tile(stage: str, changes: Any, where: str) -> None:
             if value not in ("ieee", "tf32x3", "bf16x6"):
                 raise ValueError(f"{where}: {stage}: precision must be ieee, tf32x3 or bf16x6, got {value!r}")
             continue
-        least = _LEAST if name in ("rows", "columns", "depth") else 1
+        least = 16 if name in ("rows", "columns", "depth") else 1  # the smallest product that Triton takes
         kind = "an integer" if name == "stages" else "a power of two"
         if not isinstance(value, int) or value < least or (name != "stages" and value & (value - 1)):
             raise ValueError(f"{where}: {stage}: {name} must be {kind} >= {least}, got {value!r}")
