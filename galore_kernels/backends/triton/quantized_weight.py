@@ -29,5 +29,6 @@ def stochastic_codes(x: tl.tensor, scale: tl.tensor, random16: tl.tensor) -> tl.
     x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -LARGEST_CODE), LARGEST_CODE)
     truncated = x.to(tl.int32)
     floor = truncated - (truncated.to(tl.float32) > x).to(tl.int32)
-    rest = (x - floor.to(tl.float32)) * 65536.0
-    return (floor + (random16.to(tl.float32) < rest).to(tl.int32)).to(tl.int8)
+    # To nearest even, by a sum that has no room for less than 1.
+    share = (x - floor.to(tl.float32)) * 65536.0 + 8388608.0 - 8388608.0
+    return (floor + (random16.to(tl.float32) < share).to(tl.int32)).to(tl.int8)
