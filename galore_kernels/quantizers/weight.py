@@ -85,8 +85,8 @@ def _dequantize(codes: Tensor, scale: Tensor, weight: Tensor) -> None:
 def requantize_weight(weight: Tensor, scale: Tensor, random16: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of an updated weight, rounded stochastically.
 
-    With x = weight / scale, the code is floor(x) + 1 with the probability x - floor(x), else floor(x). The probability is
-    a number of 65536ths, to nearest even, so that a weight that is a code times the scale keeps that code.
+    With x = weight / scale, the code is floor(x) + 1 with the probability x - floor(x), else floor(x). The probability
+    is a number of 65536ths, to nearest even, so that a weight that is a code times the scale keeps that code.
 
     Args:
         weight: (m, n) float32.
