@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(saved, weight)
         ctx.key, ctx.is_projected = key, is_projected
-        bias = None if bias is None else bias.to(inputs.dtype)
-        return nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
+        return nn.functional.linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -66,20 +66,13 @@ class FactoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """As ``nn.Linear``'s."""
-        rows = input
+        if not (torch.is_grad_enabled() and self.lowrank.requires_grad):
+            return super().forward(input)
+        rows, gradient = input, self.gradient
         if torch.is_autocast_enabled(input.device.type):
             rows = input.to(torch.get_autocast_dtype(input.device.type))
-        if not (torch.is_grad_enabled() and self.lowrank.requires_grad):
-            bias = None if self.bias is None else self.bias.to(rows.dtype)
-            return nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
-        gradient = self.gradient
-        # A compiled graph would be another for each set of layers that keep their inputs.
-        projects = (
-            gradient.side == "right"
-            and gradient.basis is not None
-            and not gradient.keeps_factors
-            and not torch.compiler.is_compiling()
-        )
+        # A compiled graph would be another for each set of layers that keep their inputs: it may not even ask.
+        projects = not torch.compiler.is_compiling() and gradient.projects
         with torch.no_grad():
             saved = gradient.projected(rows) if projects else rows.detach()
         return _Linear.apply(rows, saved, self.weight, self.bias, self.lowrank, gradient.key, projects)
@@ -90,7 +83,15 @@ class FactoredLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.gradient.bind(self)
+        if not self.gradient.is_bound:  # as a tied layer's is
+            self.gradient.bind(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
+        carrier = self.lowrank
+        super()._apply(fn, recurse)
+        if self.lowrank is not carrier:  # from the meta device parameters move as new ones
+            self.gradient.bind(self)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -110,3 +111,6 @@ class FactoredLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         missing_keys[:] = [key for key in missing_keys if key != prefix + CARRIER]
+        if self.lowrank.device != self.weight.device:  # with assign=True
+            self.lowrank = nn.Parameter(torch.zeros_like(self.lowrank, device=self.weight.device))
+            self.gradient.bind(self)

@@ -98,6 +98,7 @@ def unprepare(model: Model) -> Model:
     """
     for layer in [module for module in model.modules() if isinstance(module, FactoredLinear)]:
         layer.weight.requires_grad_(True)
+        layer.gradient.owner = None
         delattr(layer, CARRIER)
         del layer.gradient
         layer.__class__ = nn.Linear  # type: ignore[assignment]
@@ -107,16 +108,23 @@ def unprepare(model: Model) -> Model:
 def _check(name: str, layer: nn.Linear) -> None:
     if isinstance(layer, FactoredLinear):
         raise ValueError(f"{name}: it is prepared already; unprepare the model first, or name other target_modules")
+    if not layer.weight.requires_grad:
+        return
     if type(layer) is not nn.Linear:
         raise ValueError(
             f"{name}: expected a torch.nn.Linear, got {type(layer).__name__}, whose forward pass may be another; "
             "leave it out of target_modules"
         )
-    if layer.weight.requires_grad and layer.weight.dtype not in DTYPES:
+    if type(layer.weight) is not nn.Parameter:
+        raise ValueError(
+            f"{name}: expected its weight to be a plain torch.nn.Parameter, got {type(layer.weight).__name__}: it is "
+            "computed from others (weight_norm, pruning) or sharded; prepare the model before, or leave the layer out"
+        )
+    if layer.weight.dtype not in DTYPES:
         raise ValueError(
             f"{name}: expected a float32, bfloat16 or float16 weight, got {layer.weight.dtype}; convert it"
         )
-    if layer.weight.requires_grad and layer.weight.numel() == 0:
+    if layer.weight.numel() == 0:
         raise ValueError(f"{name}: its weight is empty; leave it out of target_modules")
 
 

@@ -3,7 +3,7 @@
 Everything here is plain PyTorch, imports nothing else of this package, and runs wherever PyTorch runs.
 """
 
-from galore_kernels.subspace.factors import Factors
+from galore_kernels.subspace.factors import AllReduce, Factors
 from galore_kernels.subspace.precision import full_precision
 from galore_kernels.subspace.products import Gradient, in_batches
 from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ranks
@@ -18,6 +18,7 @@ __all__ = [
     "RANK_MULTIPLE",
     "REFRESH_METHODS",
     "REFRESH_SCHEDULES",
+    "AllReduce",
     "Factors",
     "Gradient",
     "RankChoices",
