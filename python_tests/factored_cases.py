@@ -85,7 +85,9 @@ class Run:
             total += loss.item()
         return total
 
-    def train(self, steps: int, micro_batches: int = 1, before_step: Callable[[Run], None] | None = None) -> list[float]:
+    def train(
+        self, steps: int, micro_batches: int = 1, before_step: Callable[[Run], None] | None = None
+    ) -> list[float]:
         """The losses of as many steps more."""
         losses = []
         for _ in range(steps):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from failing_allocations import allocates
 from factored_cases import RANK, TARGETS, Model, batch, carriers, loss_of
+from failing_allocations import allocates
 from tolerances import U32
 from torch import Tensor, nn
 from torch.nn.utils import prune

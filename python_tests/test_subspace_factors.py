@@ -40,7 +40,9 @@ class Formed(TorchDispatchMode):
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.shapes |= {tuple(x.shape) for x in (out if isinstance(out, (tuple, list)) else [out]) if hasattr(x, "shape")}
+        self.shapes |= {
+            tuple(x.shape) for x in (out if isinstance(out, (tuple, list)) else [out]) if hasattr(x, "shape")
+        }
         return out
 
 
