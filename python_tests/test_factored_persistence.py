@@ -136,9 +136,9 @@ def test_an_exception_at_a_refresh_leaves_a_step_to_be_retried(where: str, monke
 def test_an_exception_in_the_first_search_leaves_a_backward_pass_to_be_retried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected, run = Run(True), Run(True)
+    expected, run, where = Run(True), Run(True), "find_bases"
     calls = 0
-    original = step_module.find_bases
+    original = getattr(step_module, where)
 
     def second_fails(*args: Any) -> Any:
         nonlocal calls
@@ -148,7 +148,7 @@ def test_an_exception_in_the_first_search_leaves_a_backward_pass_to_be_retried(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step_module, "find_bases", second_fails)
+        patch.setattr(step_module, where, second_fails)
         with pytest.raises(MemoryError):
             run.backward()
     run.optimizer.zero_grad()
@@ -177,10 +177,10 @@ def test_a_gradient_of_zero_has_no_basis_and_later_ones_have() -> None:
     assert len(run.optimizer.subspace_report()) == 3
 
 
-def test_targets_of_another_size_are_refused_at_loading() -> None:
+def test_the_state_of_other_layers_is_refused() -> None:
     run, other = Run(True), Run(True)
     run.train(1)
     saved = copy.deepcopy(run.optimizer.state_dict())
     saved["param_groups"][0]["param_names"] = [name.replace("up", "top") for name in TARGETS for _ in range(3)]
-    with pytest.raises(ValueError, match='is "mlp" there and "mlp_up.lowrank" here'):
+    with pytest.raises(ValueError, match=r'is "mlp" there and "mlp_up\.lowrank" here'):
         other.optimizer.load_state_dict(saved)

@@ -81,11 +81,13 @@ def test_200_steps_have_the_losses_of_the_dense_path(case: str, optimizer_class:
     assert_same_refreshes(dense, factored, 3)
 
 
-@pytest.mark.parametrize("case", [case for case in OPTIONS if case not in ("periodic", "adaptive, warm")])
-def test_every_option_does_what_it_does_to_the_dense_path(backend: str, case: str) -> None:
-    if backend == "reference" and case != "rotate":  # what differs from the native backend is the update alone
-        pytest.skip("the options are in Python; one case on each backend")
-    dense, factored = equal_runs(35, optimizer_class=GaLoreFusedAdam8bit, options=OPTIONS[case], backend=backend)
+OTHERS = [case for case in OPTIONS if case not in ("periodic", "adaptive, warm")]
+
+
+# What differs between the backends is the update alone.
+@pytest.mark.parametrize(("case", "name"), [*[(case, "cpu") for case in OTHERS], ("rotate", "reference")])
+def test_every_option_does_what_it_does_to_the_dense_path(case: str, name: str) -> None:
+    dense, factored = equal_runs(35, optimizer_class=GaLoreFusedAdam8bit, options=OPTIONS[case], backend=name)
     assert_same_refreshes(dense, factored, 3)
     for name, weight in dense.weights().items():
         assert float((factored.weights()[name] - weight).norm() / weight.norm()) < 1e-3, name
@@ -138,8 +140,24 @@ def test_groups_are_the_single_operations(monkeypatch: pytest.MonkeyPatch) -> No
     # mlp_up and mlp_down differ in their weights' shapes, the square one in all: three groups of the low-rank update.
     assert {operation for operation, _ in made.made} == {"lowrank_update", "adam8bit_update"}
     plans = len(made.made)
-    runs[0].train(5)  # whose carriers lie elsewhere in each
+    runs[0].train(4)  # whose carriers lie elsewhere in each
     assert len(made.made) == plans
+
+
+def test_steps_of_a_graph_that_nobody_counted_bring_a_refresh_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    grouping.take_for_device(grouping.install(monkeypatch), monkeypatch)
+    run = Run(True, backend="cuda")
+    run.train(3)
+    for state in run.optimizer.state.values():
+        counter = run.optimizer._counters.of(state)
+        assert counter is not None
+        counter.captured = True
+    run.optimizer._plan = None  # as after a capture
+    run.train(1)
+    for state in run.optimizer.state.values():
+        state["step"].add_(6)  # as replays do
+    run.train(1)
+    assert [entry["refreshed_at"] for entry in run.optimizer.subspace_report().values()] == [10, 10, 10]
 
 
 def test_groups_of_the_device_kernels(cuda_stand_in: str) -> None:
@@ -189,7 +207,7 @@ def test_a_grad_scaler_skips_and_asks_again(overflow_at: int) -> None:
                 assert all(torch.equal(basis, bases[name]) for name, basis in bases_of(run).items())
         losses.append(own)
     assert largest_difference(*losses) < SAME_LOSS
-    assert_same_refreshes(*runs, at_least=3 if overflow_at != 0 else 2)
+    assert_same_refreshes(runs[0], runs[1], at_least=3 if overflow_at else 2)
 
 
 def bases_of(run: Run) -> dict[int, Tensor]:
@@ -201,10 +219,12 @@ def bases_of(run: Run) -> dict[int, Tensor]:
 def test_a_skipped_step_at_a_refresh_asks_for_factors_again() -> None:
     run = Run(True, options={"update_proj_gap": 5})
     run.train(5)
-    gradient = run.model.mlp_up.gradient  # type: ignore[union-attr]
-    assert isinstance(gradient, object)
+
+    def poison(own: Run) -> None:
+        next(iter(carriers(own.model).values())).grad.fill_(torch.nan)  # type: ignore[union-attr]
+
     with pytest.warns(NonFiniteGradientWarning):
-        run.train(1, before_step=lambda own: own.model.mlp_up.lowrank.grad.fill_(torch.nan))  # type: ignore[union-attr, operator]
+        run.train(1, before_step=poison)
     report = list(run.optimizer.subspace_report().values())
     assert [entry["refreshes"] for entry in report] == [1, 2, 2]
     run.train(1)
@@ -223,7 +243,7 @@ def test_autocast_over_float32_weights() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 return forward(*args)
 
-        run.model.forward = autocast  # type: ignore[method-assign]
+        run.model.forward = autocast
         losses.append(run.train(40))
     # R has the rounding of two bfloat16 products where the dense gradient has that of one.
     assert largest_difference(losses[0][:15], losses[1][:15]) < 0.03
@@ -244,7 +264,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
         x = x + model.mlp_down(nn.functional.silu(model.mlp_up(x)))
         return x + torch.tanh(model.mlp_square(x))
 
-    recomputing.model.forward = forward  # type: ignore[method-assign]
+    recomputing.model.forward = forward
     assert plain.train(25) == recomputing.train(25)
 
 
@@ -283,7 +303,7 @@ def test_a_compiled_model_is_compiled_once() -> None:
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)  # type: ignore[attr-defined, no-any-return]
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()
     # Staggered: in every third step another layer keeps its factors.
@@ -357,6 +377,8 @@ def test_it_trains_on_the_other_way(first: bool) -> None:
     saved = copy.deepcopy(run.optimizer.state_dict())
     run.optimizer = run.new_optimizer()
     run.optimizer.load_state_dict(saved)  # bases and moments have the same shapes
+    for group in run.optimizer.param_groups:
+        group["async_refresh"] = first  # the checkpoint's is that of the other way
     losses += run.train(45)
     assert largest_difference(losses, Run(False).train(60)) < SAME_LOSS
 

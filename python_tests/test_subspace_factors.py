@@ -1,4 +1,4 @@
-"""Searches in the factors of a gradient: what they find is what they would find in the gradient, which is never formed."""
+"""Searches in factors of a gradient: they find what they would find in the gradient, which is never formed."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ be told a step ahead to keep its factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -90,15 +91,25 @@ def take_over_bases(findings: list[Finding], states: Mapping[Tensor, dict[str, A
     return reset
 
 
-def tell_layers(updates: Iterable[Update], states: Mapping[Tensor, dict[str, Any]], counters: Counters) -> None:
-    """Gives layers the bases of the states, and asks those that may be due in the next step to keep their factors."""
+def tell_layers(updates: Iterable[Update], states: Mapping[Tensor, dict[str, Any]], counters: Counters) -> float:
+    """Gives layers the bases of the states, and asks those that may be due in the next step to keep their factors.
+
+    Returns the call of the optimizer before which they have to be told again.
+    """
+    earliest = math.inf
     for update in updates:
         factored, state = update.factored, states.get(update.param)
         if factored is None:
             continue
-        factored.begin_step(state, keeps_factors=bool(state) and _may_be_due(update, state or {}, counters))
+        call = _call_of_refresh(update, state, counters) if state else counters.calls
+        factored.begin_step(state, keeps_factors=call <= counters.calls)
+        earliest = min(earliest, call)
+    return earliest
 
 
-def _may_be_due(update: Update, state: Mapping[str, Any], counters: Counters) -> bool:
+def _call_of_refresh(update: Update, state: Mapping[str, Any], counters: Counters) -> int:
+    """The earliest call in which the parameter may be due."""
     due, counter = due_at(update, state), counters.of(state)
-    return int(state["step"]) >= due if counter is None else counter.call_of(due) <= counters.calls
+    if counter is None:
+        return counters.calls + max(0, due - int(state["step"]))
+    return counters.calls if counter.captured else counter.call_of(due)  # a graph's replays count unseen

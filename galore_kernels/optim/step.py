@@ -78,6 +78,8 @@ class SteppingOptimizer(Optimizer):
         self._findings: list[factored.Finding] = []
         # Of the prepared layers.
         self._prepared: list[LowRankGradient] = []
+        # What was planned when these were last told of their bases, and the call before which they are again.
+        self._told: tuple[Plan | None, float] = None, 0
 
     def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
         """(index over all groups, name for messages, parameter, group)."""
@@ -177,7 +179,9 @@ class SteppingOptimizer(Optimizer):
         try:
             if factored.take_over_bases(self._findings, self.state, self._backend):
                 self._plan = None
-            factored.tell_layers(plan.factored, self.state, self._counters)
+            told, call = self._told
+            if plan is not told or self._counters.calls >= call:
+                self._told = plan, factored.tell_layers(plan.factored, self.state, self._counters)
         except BaseException:
             everyone = [param for group in self.param_groups for param in group["params"]]
             self._interrupted = [(p, p.grad, p.grad._version) for p in everyone if p.grad is not None]
@@ -207,6 +211,7 @@ class SteppingOptimizer(Optimizer):
         self._everything = {}
         for gradient in self._prepared:
             gradient.owner = weakref.ref(self)
+        self._told = None, 0
         updates = [update for update in self._listed() if update.factored is not None] if self._prepared else []
         factored.tell_layers(updates, self.state, self._counters)
 

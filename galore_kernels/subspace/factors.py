@@ -23,7 +23,8 @@ PANEL_ROWS = 256
 class AllReduce(Protocol):
     """Puts the sum of all processes' tensors, or the largest elements, in the place of each."""
 
-    def __call__(self, tensor: Tensor, *, largest: bool = False) -> None: ...
+    def __call__(self, tensor: Tensor, *, largest: bool = False) -> None:
+        """In place."""
 
 
 class Factors:
