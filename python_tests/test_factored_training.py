@@ -332,13 +332,17 @@ def test_inductor() -> None:
 
 
 def test_gradients_that_were_given_up_leave_no_factors() -> None:
-    for give_up in ("optimizer", "model"):
+    for give_up in ("optimizer", "optimizer, in place", "model"):
         run, expected = Run(True, options={"update_proj_gap": 5}), Run(True, options={"update_proj_gap": 5})
         for either in (run, expected):
             either.train(5)
         run.steps = 77
         run.backward()
-        (run.optimizer if give_up == "optimizer" else run.model).zero_grad()
+        if give_up == "model":
+            run.model.zero_grad()
+        else:
+            run.optimizer.zero_grad(set_to_none=give_up == "optimizer")
+            assert not run.model.mlp_up.gradient.factors  # type: ignore[union-attr]
         run.steps = 5
         assert run.train(6) == expected.train(6)
         assert run.optimizer.subspace_report() == expected.optimizer.subspace_report()

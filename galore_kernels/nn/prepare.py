@@ -42,6 +42,10 @@ def prepare(
     which is used from the next step on (as with ``async_refresh=True`` without factored gradients). No (m, n) gradient
     is formed then either, but with ``refresh_method="svd"`` and more tokens than min(m, n) one layer's at a time.
 
+    Where ``torch.distributed`` has several processes, they find each basis together, in the mean of their gradients,
+    as DDP's averaging of R asks for: each has to use all prepared layers in its first backward pass, in one order.
+    Its exchange is that of one gradient of full size for each refresh of a layer, for the gradient's norm.
+
     Layers are changed in place: hooks, names, ``state_dict`` keys and shapes stay. Layers that share a weight share its
     gradient; layers whose weight does not require a gradient are left alone.
 
