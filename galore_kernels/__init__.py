@@ -6,6 +6,7 @@
 
 from galore_kernels import backends, checkpoint, ops
 from galore_kernels._native import build_info as _build_info
+from galore_kernels.nn import prepare, unprepare
 from galore_kernels.ops import backend_info
 from galore_kernels.optim import (
     GaLoreFusedAdam8bit,
@@ -26,4 +27,6 @@ __all__ = [
     "checkpoint",
     "galore_param_groups",
     "ops",
+    "prepare",
+    "unprepare",
 ]

@@ -14,14 +14,14 @@ import galore_kernels
 
 PACKAGE = Path(galore_kernels.__file__).parent
 
-#: Part of the package -> the parts it may import: integrations -> optim, nn -> subspace -> ops <- backends.
+#: Part of the package -> the parts it may import: integrations -> optim -> nn -> subspace -> ops <- backends.
 ALLOWED: dict[str, set[str]] = {
     "quantizers": set(),
     "checkpoint": set(),
     "ops": {"quantizers"},
     "backends": {"ops", "quantizers", "_native"},
     "subspace": {"ops", "quantizers"},
-    "optim": {"subspace", "ops", "quantizers"},
+    "optim": {"nn", "subspace", "ops", "quantizers"},
     "nn": {"subspace", "ops", "quantizers"},
     "integrations": {"optim", "nn", "subspace", "ops", "quantizers", "checkpoint"},
     # What users import: everything but the hosts' integrations and the program.

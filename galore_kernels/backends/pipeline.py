@@ -402,13 +402,23 @@ class Pipeline:
             self.stages.prepare(batch, control, options, scale)
             self.stages.galore_update(batch, control)
             return
-        bytes_each = batch.moments * (torch.float32.itemsize + batch.factor_dtype.itemsize)
-        at_once = min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
-        all_scratch = _Scratch.of(batch, at_once, batch.factor_dtype)
-        for part, partial in [(part, self._partial_sums(part)) for part in batch.parts(at_once)]:
+        all_scratch = _Scratch.of(batch, _at_once(batch), batch.factor_dtype)
+        for part, partial in [(part, self._partial_sums(part)) for part in batch.parts(_at_once(batch))]:
             scratch = all_scratch.first(part.count)
             self.stages.prepare(part, scratch.control, options, scale)
             self.stages.project(part, scratch.control, scratch.lowrank, partial, final=True)
+            self._from_lowrank(part, scratch)
+
+    def already_projected(self, batch: Batch, grads: Sequence[Tensor], options: AdamOptions, scale: float) -> None:
+        """From low-rank gradients to weights."""
+        at_once = _at_once(batch)
+        all_scratch = _Scratch.of(batch, at_once, batch.factor_dtype)
+        source = torch.empty((at_once, batch.moments), dtype=grads[0].dtype, device=batch.device)
+        for first, part in zip(range(0, batch.count, at_once), batch.parts(at_once), strict=True):
+            scratch, own = all_scratch.first(part.count), source[: part.count]
+            torch.stack([grad.view(-1) for grad in grads[first : first + part.count]], out=own)
+            self.stages.prepare(part, scratch.control, options, scale)
+            self.stages.scale_and_check(own, scratch.control, scratch.lowrank)
             self._from_lowrank(part, scratch)
 
     def _both_sides(self, batch: Batch, options: AdamOptions, scale: float, long_basis: Tensor) -> None:
@@ -436,6 +446,12 @@ class Pipeline:
         self.stages.back_project_update(batch, scratch.control, direction)
 
 
+def _at_once(batch: Batch) -> int:
+    """Tensors whose low-rank gradients and directions fit into the scratch memory."""
+    bytes_each = batch.moments * (torch.float32.itemsize + batch.factor_dtype.itemsize)
+    return min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
+
+
 def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
     return None if options.rounding_seed is None else (options.rounding_seed,)
 
@@ -457,6 +473,12 @@ class _PreparedGroup:
         self._batch = make_batch(group)
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
+        if self._group.operation == "lowrank_update":
+            if self._batch.table is None:
+                own = replace(self._batch, gradients=(0,) * self._batch.count, aligned=self._batch.fixed_aligned)
+                self._batch = self._pipeline.tabled(own)
+            self._pipeline.already_projected(self._batch, grads, options, self._group.scale)
+            return
         batch = with_gradients(self._batch, grads)
         if batch.table is None:
             batch = self._pipeline.tabled(batch)

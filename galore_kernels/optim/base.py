@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_kernels.nn import lowrank_gradient_of
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
+from galore_kernels.optim.factored import check_factored
 from galore_kernels.optim.options import AUTO, check_group, check_param
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 from galore_kernels.optim.step import SteppingOptimizer
@@ -111,7 +113,13 @@ class GaLoreAdam(SteppingOptimizer):
         if undecided({**self.defaults, **group}):
             params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
             check_budget({**self.defaults, **group, "params": params}, self._layout)
+        for param in group["params"]:
+            tensor = param[1] if isinstance(param, tuple) else param
+            gradient = lowrank_gradient_of(tensor)
+            if gradient is not None:
+                check_factored(gradient, {**self.defaults, **group}, where)
         super().add_param_group(group)
+        self._adopt()
 
     def _check_new_params(self, entries: list[Any], where: str) -> None:
         present = {id(param) for group in self.param_groups for param in group["params"]}
@@ -174,8 +182,8 @@ class GaLoreAdam(SteppingOptimizer):
             state = self.state.get(param)
             if undecided(group) and self._layout(param, group).rank is not None:
                 continue
-            if not state and param.numel() == 0:
-                continue  # it never takes a step
+            if not state and (param.numel() == 0 or not param.requires_grad):
+                continue  # it takes no step
             if not state:
                 state = self._layout(param, group).new_state(torch.empty_like(param, device="meta"))
             total += tensor_bytes(state)
@@ -185,7 +193,7 @@ class GaLoreAdam(SteppingOptimizer):
         moments = "8-bit" if self._eight_bit else "float32"
         lines = [f"{type(self).__name__} ({moments} moments, backend {self._backend_name()})"]
         for index, group in enumerate(self.param_groups):
-            layouts = [self._layout(param, group) for param in group["params"]]
+            layouts = [self._layout(param, group) for param in group["params"] if param.requires_grad]
             lines.append(f"  group {index}: {describe_group(group, layouts)}")
         return "\n".join(lines)
 
@@ -206,6 +214,7 @@ class GaLoreAdam(SteppingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+        self._adopt()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers, with a format version and a checksum of each parameter's state.

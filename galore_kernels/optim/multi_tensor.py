@@ -60,11 +60,17 @@ def own_states(states: States) -> list[dict[str, Any]]:
     return [state for state in states.values() if type(state) is dict and "exp_avg" in state]
 
 
-def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence[Tensor | None]) -> object:
+def observe(
+    groups: Sequence[Mapping[str, Any]],
+    states: States,
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+) -> object:
     """What the checks and the plan of a step rest on, in values that are cheap to get and to compare.
 
     Learning rates and the gradients' addresses, which are new in every step, are left out. Equal to nothing, not to
-    itself either, if an option is a tensor, which may change in place. ``grads``: of all parameters.
+    itself either, if an option is a tensor, which may change in place. ``grads``: of all parameters. ``weights``: those
+    whose low-rank gradients parameters carry.
     """
     options: list[Any] = []
     for group in groups:
@@ -74,7 +80,7 @@ def observe(groups: Sequence[Mapping[str, Any]], states: States, grads: Sequence
         if any(issubclass(kind, Tensor) for kind in kinds):
             return math.nan
         options.append((kinds, values, len(group["params"])))
-    params = [param for group in groups for param in group["params"]]
+    params = [*(param for group in groups for param in group["params"]), *weights]
     present = [grad for grad in grads if grad is not None]
     own = own_states(states)
     # One list for each fact, not one tuple for each tensor: a map over a method of C takes a third of the time. A
@@ -112,7 +118,7 @@ class PlannedGroup:
         counters: of the optimizer.
 
     Attributes:
-        params, counters: of each member, in the members' order.
+        params, weights, counters: of each member, in the members' order.
         ids: of the parameters.
         group: the parameter group. device: where they are.
 
@@ -128,19 +134,20 @@ class PlannedGroup:
         first = members[0]
         self.members, self._backend = members, backend
         self.params = [member.param for member in members]
+        self.weights = [member.weight for member in members]
         self.ids = frozenset(map(id, self.params))
         self.group, self.device = first.group, first.param.device
         self._indices = [member.index for member in members]
         self._copies = not all(member.grad.is_contiguous() for member in members)
         side = first.layout.side
-        self._shape = matrix_shape(first.param.shape) if side is not None and first.param.dim() != 2 else None
+        self._shape = matrix_shape(first.weight.shape) if side is not None and first.weight.dim() != 2 else None
         own = [states[param] for param in self.params]
         pairs = zip(members, own, strict=True)
         seeds = tuple(seed for member, state in pairs if (seed := member.rounding_seed(state)) is not None)
         group = UpdateGroup(
-            operation="adam8bit_update" if side is None else "galore_update",
+            operation=_operation(first),
             # A view would keep the memory of a parameter that has moved: none is made where the shape fits.
-            params=tuple(p if self._shape is None else p.detach().view(self._shape) for p in self.params),
+            params=tuple(w if self._shape is None else w.detach().view(self._shape) for w in self.weights),
             states=tuple(map(adam_state, own)),
             bases=() if side is None else tuple(state["basis"] for state in own),
             side=side or "right",
@@ -151,7 +158,7 @@ class PlannedGroup:
         _check(group, options)
         self._update = backend.group(group)
         self.counters = counters.watch(own)
-        self._states = None if side is None else own
+        self._states = own if group.operation == "galore_update" else None
         # The replays of a graph count unseen: then every call has to ask.
         self._always_ask = any(counter.captured for counter in self.counters)
         self._ask_at = 0
@@ -203,7 +210,7 @@ class PlannedGroup:
                 self._update(grads, options)
         else:
             self._update(grads, options)
-        torch.autograd.graph.increment_version(self.params)
+        torch.autograd.graph.increment_version(self.weights)
 
 
 class Plan:
@@ -218,6 +225,7 @@ class Plan:
 
     Attributes:
         groups: calls of a backend. alone: what takes the way through the single operations, in order.
+        factored: what carries a low-rank gradient.
         count: of the parameters.
         watched: on each device where reading makes wait, name and counter of what is updated in groups.
     """
@@ -234,6 +242,7 @@ class Plan:
     ) -> None:
         self.backends, self.count = backends, len(updates)
         self.alone: list[Update] = []
+        self.factored = [update for update in updates if update.factored is not None]
         together: dict[tuple[Any, ...], list[Update]] = defaultdict(list)
         for update in updates:
             reason = self.reason_to_be_alone(update, states)
@@ -268,9 +277,9 @@ class Plan:
             return "it has no subspace yet"
         if "long_basis" in update.layout.bases:
             return "both its sides are projected"
-        if type(update.param) not in _PLAIN_TYPES or update.param.is_inference():
+        if type(update.weight) not in _PLAIN_TYPES or update.weight.is_inference():
             return "it is no plain parameter"
-        return None if update.param.is_contiguous() else "it is not contiguous"
+        return None if update.weight.is_contiguous() else "it is not contiguous"
 
     def rest_on(self, seen: object, states: States) -> None:
         """Remembers what the plan was made from, which is what ``observe`` gave."""
@@ -292,10 +301,17 @@ class Plan:
 
 def _key(update: Update, state: Mapping[str, Any]) -> tuple[Any, ...]:
     """What members of one group have in common."""
-    param, layout = update.param, update.layout
+    weight, layout = update.weight, update.layout
     bases = [state[name].dtype for name in layout.bases]
-    kind = (param.device, param.dtype, param.shape, update.grad.dtype, *bases)
+    kind = (_operation(update), weight.device, weight.dtype, weight.shape, update.grad.dtype, *bases)
     return id(update.group), *kind, layout.rank, layout.side, layout.eight_bit, "exp_avg_absmax" in state
+
+
+def _operation(update: Update) -> str:
+    """The operation of ``galore_kernels.ops`` that updates it."""
+    if update.layout.side is None:
+        return "adam8bit_update"
+    return "galore_update" if update.factored is None else "lowrank_update"
 
 
 def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters) -> None:

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-ALL_LINEAR = "all-linear"
-_HEAD_NAMES = ("lm_head", "output", "head", "embed_out", "classifier", "score")
-
-
-def _output_head(model: nn.Module) -> set[int]:
-    """ids of the output head's weight: what Transformers calls the output embeddings, else a layer named like one."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if head is not None:
-        return {id(head.weight)}
-    return {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _HEAD_NAMES
-    }
-
-
-def _matches(name: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        return _fullmatch(targets, name)
-    return any(target in name or _fullmatch(target, name) for target in targets)
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(
-            f"target_modules: {pattern!r} is no regular expression ({error}); write .* for anything, \\. for a dot"
-        ) from error
+from galore_kernels.nn import FactoredLinear, TargetModules, nothing_matches, target_linears
 
 
 def galore_param_groups(
-    model: nn.Module, target_modules: str | Sequence[str] = ("attn", "mlp"), **group_options: Any
+    model: nn.Module, target_modules: TargetModules = ("attn", "mlp"), **group_options: Any
 ) -> list[dict[str, Any]]:
     """Two parameter groups: the target modules' weights, projected, and all other trainable parameters at full rank.
 
@@ -60,24 +29,24 @@ def galore_param_groups(
     Raises:
         ValueError: nothing matches; the message lists the linear layers there are.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if target_modules == ALL_LINEAR:
-        head = _output_head(model)
-        chosen = {name for name, module in linears.items() if id(module.weight) not in head}
-    else:
-        chosen = {name for name in linears if _matches(name, target_modules)}
-    targets = {id(linears[name].weight) for name in chosen}
+    chosen = list(target_linears(model, target_modules).values())
+    prepared = {id(layer.lowrank): layer for layer in model.modules() if isinstance(layer, FactoredLinear)}
+    targets = {id(layer.weight) for layer in chosen}
+    factored: dict[int, list[tuple[str, Tensor]]] = {}
     projected: list[tuple[str, Tensor]] = []
     rest: list[tuple[str, Tensor]] = []
     for name, param in model.named_parameters():
-        if param.requires_grad:
+        if id(param) in prepared:
+            factored.setdefault(prepared[id(param)].gradient.rank, []).append((name, param))
+        elif param.requires_grad:
             (projected if id(param) in targets else rest).append((name, param))
-    if not projected:
-        raise ValueError(
-            f"target_modules={target_modules!r} matches no trainable linear layer; there are: "
-            f"{', '.join(linears) or 'none'}"
-        )
-    groups: list[dict[str, Any]] = [{"params": projected, "rank": 128, **group_options}]
+    if not projected and not factored:
+        raise nothing_matches(model, target_modules)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "rank": rank, **group_options} for rank, params in factored.items()
+    ]
+    if projected:
+        groups.append({"params": projected, "rank": 128, **group_options})
     if rest:
         groups.append({"params": rest})
     return groups

@@ -14,7 +14,15 @@ from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.state import adam_state, float_basis, refresh_record
 from galore_kernels.optim.update import Update, derived_seed
 from galore_kernels.quantizers import quantize_basis
-from galore_kernels.subspace import RefreshRecord, Schedule, Subspace, find_subspaces, full_precision, in_batches
+from galore_kernels.subspace import (
+    Gradient,
+    RefreshRecord,
+    Schedule,
+    Subspace,
+    find_subspaces,
+    full_precision,
+    in_batches,
+)
 
 Changes = dict[str, Any]
 
@@ -23,8 +31,12 @@ Found = dict[str, Subspace]
 
 
 def is_due(update: Update, state: Mapping[str, Any]) -> bool:
-    """Whether the parameter's basis has to be found in this step. Reads its step counter."""
-    return update.layout.rank is not None and int(state["step"]) >= due_at(update, state)
+    """Whether the parameter's basis has to be found in this step. Reads its step counter.
+
+    Not with a factored gradient, of which there is nothing to find it in: see ``factored``.
+    """
+    projects = update.layout.rank is not None and update.factored is None
+    return projects and int(state["step"]) >= due_at(update, state)
 
 
 def due_at(update: Update, state: Mapping[str, Any]) -> int:
@@ -72,12 +84,11 @@ def find_together(batch: Sequence[Update], states: Mapping[Tensor, Mapping[str, 
 
 
 def find_bases(
-    updates: Sequence[Update], states: Sequence[Mapping[str, Any]], gradients: Sequence[Tensor]
+    updates: Sequence[Update], states: Sequence[Mapping[str, Any]], gradients: Sequence[Gradient]
 ) -> list[Found]:
     """The subspace of each basis of parameters that ``batches`` has put together. Changes nothing."""
     first, records = updates[0], [refresh_record(state) for state in states]
-    pairs = zip(updates, gradients, strict=True)
-    matrices = [gradient.reshape(matrix_shape(update.param.shape)) for update, gradient in pairs]
+    matrices = [g.reshape(matrix_shape(g.shape)) if isinstance(g, Tensor) else g for g in gradients]
     oriented = [matrix if first.layout.side == "right" else matrix.T for matrix in matrices]
     warm = first.group["warm_start"] and first.layout.bases.keys() <= states[0].keys()
     found: list[Found] = [{} for _ in updates]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_kernels.nn import lowrank_gradient_of
 from galore_kernels.ops.adam import WEIGHT_DTYPES, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.options import AUTO, matrix_shape, projected_rank, side_of
@@ -47,14 +48,15 @@ class Layout:
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any], *, eight_bit: bool) -> Layout:
         """The layout that ``param`` has in ``group``; ``eight_bit`` is the optimizer's wish."""
-        rank = projected_rank(param, group)
+        factored = lowrank_gradient_of(param)
+        rank = projected_rank(param, group) if factored is None else factored.rank
         if rank is None:
             large = param.numel() >= MIN_8BIT_ELEMENTS
             return cls(None, None, {}, tuple(param.shape), eight_bit and large)
-        side = side_of(param, group)
+        side = side_of(param, group) if factored is None else factored.side
         both = side == "full"
         side = "right" if both else side
-        long, short = long_short(matrix_shape(param.shape), side)
+        long, short = long_short(matrix_shape(param.shape if factored is None else factored.weight.shape), side)
         basis_format = group["basis_format"]
         bases = {"basis": (short, rank) if basis_format is None else basis_code_shape(short, rank, basis_format)}
         if both:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -14,8 +15,9 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from galore_kernels import ops
+from galore_kernels.nn import LowRankGradient, lowrank_gradient_of
 from galore_kernels.ops import registry
-from galore_kernels.optim import multi_tensor
+from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Plan
@@ -35,7 +37,7 @@ from galore_kernels.optim.scalars import LearningRates, Unscaling
 from galore_kernels.optim.skip_monitor import SkipMonitor
 from galore_kernels.optim.state import Layout, adam_state
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import phases
+from galore_kernels.subspace import Factors, phases
 
 _WRAPPERS = ("galore_kernels", "torch")
 
@@ -67,6 +69,12 @@ class SteppingOptimizer(Optimizer):
         self._pending = Pending()
         # By group: steps that were left out because ranks couldn't be chosen.
         self._put_off: dict[int, int] = {}
+        # All parameters by their ids, while layers look for their first bases.
+        self._everything: dict[int, Update] = {}
+        # Bases found in this step's factors.
+        self._findings: list[factored.Finding] = []
+        # Of the prepared layers.
+        self._prepared: list[LowRankGradient] = []
 
     def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
         """(index over all groups, name for messages, parameter, group)."""
@@ -136,8 +144,13 @@ class SteppingOptimizer(Optimizer):
         put_off = dict(self._put_off)
         plan, grads, capture = self._planned(unscaling)
         done = self._resume_interrupted(grads)
+        if not done:
+            self._findings = []
         finished: list[Tensor] = []
         try:
+            if not capture:
+                known = {id(update.param) for update, *_ in self._findings}
+                self._findings += factored.find(plan.factored, self.state, done | known)
             self._update(plan, grads, unscaling, done, finished, capture=capture)
         except BaseException:
             self._interrupted += [(p, p.grad, p.grad._version) for p in finished if p.grad is not None]
@@ -146,11 +159,49 @@ class SteppingOptimizer(Optimizer):
             raise
         finally:
             self._counters.calls += 1
-        self._interrupted = []
+        self._everything = {}
         if capture:
             self._captured.append(plan)
+        else:
+            self._take_over_factored(plan)
+        self._interrupted = []
         self._report_put_off(put_off)
         return loss
+
+    def _take_over_factored(self, plan: Plan) -> None:
+        """Puts the bases that were found in this step's factors into the state, and tells the layers."""
+        try:
+            if factored.take_over_bases(self._findings, self.state, self._backend):
+                self._plan = None
+            factored.tell_layers(plan.factored, self.state, self._counters)
+        except BaseException:
+            everyone = [param for group in self.param_groups for param in group["params"]]
+            self._interrupted = [(p, p.grad, p.grad._version) for p in everyone if p.grad is not None]
+            raise
+
+    @torch.no_grad()
+    def find_first_basis(self, gradient: LowRankGradient, factors: Factors) -> None:
+        """Called by a prepared layer's first backward pass. See ``galore_kernels.nn.LowRankGradient``."""
+        if not self._everything:
+            self._everything = {id(update.param): update for update in self._listed()}
+        update = self._everything[id(gradient.carrier)]
+        state = self.state.get(update.param) or update.layout.new_state(update.param)
+        found = find_bases([update], [state], [factors])[0]
+        changed = changes(update, state, found, int(state["step"]), self._backend)
+        if changed:
+            take_over(state, changed)
+            self.state[update.param] = state
+            gradient.use(state)
+
+    def _adopt(self) -> None:
+        """Makes this the optimizer of the prepared layers whose gradients it is given."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._prepared = [gradient for param in params if (gradient := lowrank_gradient_of(param)) is not None]
+        self._everything = {}
+        for gradient in self._prepared:
+            gradient.owner = weakref.ref(self)
+        updates = [update for update in self._listed() if update.factored is not None] if self._prepared else []
+        factored.tell_layers(updates, self.state, self._counters)
 
     @torch.no_grad()
     def _take_pending(self) -> None:
@@ -176,7 +227,7 @@ class SteppingOptimizer(Optimizer):
         if (
             plan is not None
             and not multi_tensor.capturing(plan.backends)
-            and plan.holds(multi_tensor.observe(self.param_groups, self.state, grads), self._select)
+            and plan.holds(self._observe(grads), self._select)
         ):
             for index, group in enumerate(self.param_groups):
                 check_lr(group, f"param group {index}")
@@ -193,9 +244,13 @@ class SteppingOptimizer(Optimizer):
         plan = Plan(updates, self.state, backends, options, self._counters, capturing=capture)
         # Of parameters that are left out until their ranks are chosen a plan would not hear again.
         if plan.groups and not capture and len(updates) == sum(grad is not None and grad.numel() > 0 for grad in grads):
-            plan.rest_on(multi_tensor.observe(self.param_groups, self.state, grads), self.state)
+            plan.rest_on(self._observe(grads), self.state)
             self._plan = plan
         return plan, grads, capture
+
+    def _observe(self, grads: list[Tensor | None]) -> object:
+        weights = [gradient.weight for gradient in self._prepared]
+        return multi_tensor.observe(self.param_groups, self.state, grads, weights)
 
     def _select(self, device: torch.device) -> registry.Backend:
         return registry.select("adam8bit_update", self._backend, device)
@@ -203,17 +258,22 @@ class SteppingOptimizer(Optimizer):
     def _collect(self, unscaling: Unscaling) -> list[Update]:
         for group_index, group in enumerate(self.param_groups):
             check_scheduled(group, f"param group {group_index}")
-        everything = [(*entry, self._layout(*entry[2:])) for entry in self._named_params()]
-        projected = [(index, param.numel()) for index, _, param, _, layout in everything if layout.rank is not None]
-        phase = dict(zip([index for index, _ in projected], phases([size for _, size in projected]), strict=True))
-        updates = []
-        for index, name, param, group, layout in everything:
-            if param.grad is None or param.numel() == 0:
-                continue
-            check_param(param, name)
-            updates.append(Update(param, group, index, name, layout, phase.get(index, 0.0)))
-            updates[-1].check(self.state.get(param))
+        updates = [u for u in self._listed() if u.param.grad is not None and u.param.numel() > 0]
+        for update in updates:
+            check_param(update.param, update.name)
+            update.check(self.state.get(update.param))
         return self._with_chosen_ranks(updates, unscaling)
+
+    def _listed(self) -> list[Update]:
+        """All parameters, unchecked."""
+        updates = [
+            Update(param, group, index, name, self._layout(param, group), factored=lowrank_gradient_of(param))
+            for index, name, param, group in self._named_params()
+        ]
+        projected = [update for update in updates if update.layout.rank is not None]
+        phase = phases([update.weight.numel() for update in projected])
+        placed = {update.index: replace(update, phase=own) for update, own in zip(projected, phase, strict=True)}
+        return [placed.get(update.index, update) for update in updates]
 
     def _with_chosen_ranks(self, updates: list[Update], unscaling: Unscaling) -> list[Update]:
         """``updates``, with ``rank="auto"`` decided where it wasn't; without the matrices for which it can't be yet."""
@@ -262,6 +322,8 @@ class SteppingOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. Also gives up an interrupted step: the gradients it would continue with are gone."""
         self._interrupted = []
+        for gradient in self._prepared:
+            gradient.factors = []
         super().zero_grad(set_to_none)
 
     def _update(
@@ -338,7 +400,7 @@ class SteppingOptimizer(Optimizer):
 
         Returns how many of its steps had been skipped as far as is known, and are now.
         """
-        param, grad, group, layout = update.param, update.grad, update.group, update.layout
+        param, grad, group, layout, target = update.param, update.grad, update.group, update.layout, update.weight
         fresh = not self.state.get(param)
         state = layout.new_state(param) if fresh else self.state[param]
         step = before = int(state["step"])
@@ -347,7 +409,7 @@ class SteppingOptimizer(Optimizer):
         due = is_due(update, state)
         later = due and is_asynchronous(update, state)
         changed: dict[str, Any] = {}
-        weight, new, search = param, state, None
+        weight, new, search = target, state, None
         try:
             search = self._pending.begin(update, state) if later else None
             if due and not later:
@@ -358,11 +420,11 @@ class SteppingOptimizer(Optimizer):
             if layout.side is None:
                 ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
             else:
-                shape = matrix_shape(param.shape)
-                weight = param.reshape(shape)
-                ops.galore_update(
+                weight = target.reshape(matrix_shape(target.shape))
+                operation = ops.galore_update if update.factored is None else ops.lowrank_update
+                operation(
                     weight,
-                    grad.reshape(shape),
+                    grad.reshape(matrix_shape(grad.shape)),
                     new["basis"],
                     adam_state(new),
                     options,
@@ -379,8 +441,8 @@ class SteppingOptimizer(Optimizer):
             steps, skips = int(new["step"]), int(state["skipped"])
             taken = steps > before
             if taken:
-                if weight.data_ptr() != param.data_ptr():
-                    param.copy_(weight.view(param.shape))
+                if weight.data_ptr() != target.data_ptr():
+                    target.copy_(weight.view(target.shape))
                 take_over(state, changed)
             if fresh and (taken or skips):
                 self.state[param] = state

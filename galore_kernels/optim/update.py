@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from galore_kernels.nn import LowRankGradient
 from galore_kernels.optim.state import Layout
 
 
@@ -18,12 +19,13 @@ class Update:
     """A parameter to be updated, checked before anything changes.
 
     Attributes:
-        param: the parameter, which has a gradient of its shape.
+        param: the parameter, which has a gradient of its shape. The state belongs to it.
         group: the parameter group's options.
         index: over all groups, the same after a resume: it goes into the seeds.
         name: for messages.
         layout: of the state.
         phase: in [0, 1), its place among the projected parameters: see ``galore_kernels.subspace.Schedule``.
+        factored: if the parameter carries the low-rank gradient of another tensor, what knows both, else None.
     """
 
     param: Tensor
@@ -32,6 +34,12 @@ class Update:
     name: str
     layout: Layout
     phase: float = 0.0
+    factored: LowRankGradient | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that is updated: the parameter, or the one whose low-rank gradient it carries."""
+        return self.param if self.factored is None else self.factored.weight
 
     @property
     def grad(self) -> Tensor:
@@ -61,7 +69,7 @@ class Update:
 
     def rounding_seed(self, state: Mapping[str, Any]) -> int | None:
         """Seed for stochastic rounding, or None for rounding to nearest."""
-        if not self.group["stochastic_rounding"] or self.param.dtype != torch.bfloat16:
+        if not self.group["stochastic_rounding"] or self.weight.dtype != torch.bfloat16:
             return None
         # The random bits of a seed depend on Adam's step counter, which "reset" sets back.
         reset = self.layout.rank is not None and self.group["moments_on_refresh"] == "reset"

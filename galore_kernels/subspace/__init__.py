@@ -3,8 +3,9 @@
 Everything here is plain PyTorch, imports nothing else of this package, and runs wherever PyTorch runs.
 """
 
+from galore_kernels.subspace.factors import Factors
 from galore_kernels.subspace.precision import full_precision
-from galore_kernels.subspace.products import in_batches
+from galore_kernels.subspace.products import Gradient, in_batches
 from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ranks
 from galore_kernels.subspace.refresh import REFRESH_METHODS, find_subspace, find_subspaces, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
@@ -17,6 +18,8 @@ __all__ = [
     "RANK_MULTIPLE",
     "REFRESH_METHODS",
     "REFRESH_SCHEDULES",
+    "Factors",
+    "Gradient",
     "RankChoices",
     "RefreshRecord",
     "Schedule",

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from galore_kernels.subspace.factors import Factors
+from galore_kernels.subspace.products import Gradient
+
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_grad(name: str, grad: Tensor) -> None:
-    """A dense, non-empty matrix of one of the dtypes."""
+def check_grad(name: str, grad: Gradient) -> None:
+    """A dense, non-empty matrix of one of the dtypes, or factors of one."""
+    if isinstance(grad, Factors):
+        return
     if not isinstance(grad, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape (L, S), got {type(grad).__name__}")
     if grad.layout != torch.strided:
@@ -27,7 +32,7 @@ def check_grad(name: str, grad: Tensor) -> None:
         raise ValueError(f"{name}: expected at least one element, got shape {tuple(grad.shape)}; leave it out")
 
 
-def check_alike(grads: Sequence[Tensor]) -> None:
+def check_alike(grads: Sequence[Gradient]) -> None:
     """All of one shape, dtype and device."""
     first = grads[0]
     for index, grad in enumerate(grads):

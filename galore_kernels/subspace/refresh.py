@@ -20,6 +20,7 @@ from galore_kernels.subspace.arguments import (
     check_rank,
     random_source,
 )
+from galore_kernels.subspace.products import Gradient
 from galore_kernels.subspace.search import Subspace, search
 from galore_kernels.subspace.side import unknown_choice
 
@@ -107,7 +108,7 @@ def find_subspace(
 
 @torch.no_grad()
 def find_subspaces(
-    grads: Sequence[Tensor],
+    grads: Sequence[Gradient],
     rank: int,
     *,
     previous: Sequence[Tensor] | None = None,
@@ -124,7 +125,8 @@ def find_subspaces(
     at a time: at most three small tensors are read back. ``torch.linalg.eigh`` waits for the device besides.
 
     Args:
-        grads: any number of (L, S), each with strides of its own.
+        grads: any number of (L, S), each with strides of its own; or the factors of as many, which are never
+            multiplied with one another unless the exact decomposition of more tokens than min(L, S) is asked for.
         previous, captured, seeds: one for each of them, or None; a None within ``captured`` is a cold start. Not on a
             CPU, equal seeds share their random numbers: drawing others takes the host 0.05 to 0.1 ms for each.
 
@@ -147,7 +149,7 @@ def find_subspaces(
     return search(grads, rank, previous, shares, sources, method)
 
 
-def _checked(grad: Tensor, rank: int, method: str, name: str = "grad") -> int:
+def _checked(grad: Gradient, rank: int, method: str, name: str = "grad") -> int:
     """The rank that the basis will have."""
     check_grad(name, grad)
     check_rank(rank)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from galore_kernels.subspace.exact import exact_right_vectors
 from galore_kernels.subspace.krylov import leading_right_vectors, sparse_sign_sketches
 from galore_kernels.subspace.orthonormal import orthonormalized
 from galore_kernels.subspace.precision import full_precision
-from galore_kernels.subspace.products import Matrices, in_batches, largest_magnitudes, stacked
+from galore_kernels.subspace.products import Gradient, Matrices, in_batches, largest_magnitudes, stacked
 
 # Two blocks of r + 8 columns capture more than torch.svd_lowrank(q=r+8, niter=2) does, in four products where that
 # takes six. Fewer than r would lose directions of equal singular values: among those a block finds no more than it has
@@ -64,7 +63,7 @@ class Subspace:
 
 
 def search(
-    grads: Sequence[Tensor],
+    grads: Sequence[Gradient],
     rank: int,
     previous: Sequence[Tensor] | None,
     captured: Sequence[float | Tensor | None],
@@ -102,7 +101,7 @@ def batch_size(count: int, shape: tuple[int, ...], columns: int | None) -> int:
 class _Layers:
     """The gradients of one search, by their index, and what is known of them."""
 
-    grads: Sequence[Tensor]
+    grads: Sequence[Gradient]
     largest: Sequence[float]
     previous: Sequence[Tensor] | None
     sources: Sequence[torch.Generator]
@@ -140,7 +139,7 @@ class _Layers:
         """What is returned of a gradient that holds no directions."""
         grad = self.grads[index]
         if self.previous is None:
-            basis = grad.new_zeros((grad.shape[1], self.rank), dtype=torch.float32)
+            basis = torch.zeros((grad.shape[1], self.rank), dtype=torch.float32, device=grad.device)
         else:
             basis = self.previous[index]
         shares = torch.zeros(self.rank, dtype=torch.float64, device=grad.device)
@@ -176,8 +175,7 @@ class _Layers:
         self, matrices: Matrices, batch: list[int], cold: bool, failures: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         if self.columns is None:
-            found = [exact_right_vectors(matrix.float(), self.rank) for matrix in matrices.items]
-            return stacked([vectors for vectors, _ in found]), stacked([sigma for _, sigma in found])
+            return matrices.exact_right_vectors(self.rank)
         count = self.columns if cold else WARM_COLUMNS
         start = sparse_sign_sketches(matrices, count, [self.sources[i] for i in batch]).mT
         if not cold and self.previous is not None:

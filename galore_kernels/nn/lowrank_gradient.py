@@ -1,0 +1,166 @@
+"""The gradient of a weight in the subspace of its basis, computed from what a linear layer's backward pass has of it.
+
+G = dY.T @ X, so that R = G @ P = dY.T @ (X @ P) on the right side, and R = G.T @ P = X.T @ (dY @ P) on the left.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from galore_kernels.quantizers import basis_codes
+from galore_kernels.subspace import Factors
+
+
+class Owner(Protocol):
+    """The optimizer of a ``LowRankGradient``."""
+
+    def find_first_basis(self, gradient: LowRankGradient, factors: Factors) -> None:
+        """Gives ``gradient`` the first basis, found in ``factors``, unless they hold no directions."""
+
+
+class LowRankGradient:
+    """What a weight that never has a gradient of its own shape has instead. Tied layers share one.
+
+    The small parameter ``carrier`` (L, r) belongs to the layer, has R as its ``.grad``, and no value of its own: its
+    memory is that of the gradient. So whatever is done to gradients (accumulation, clipping, unscaling, all-reducing)
+    is done to R.
+
+    Attributes:
+        side: "left" or "right". rank: r.
+        basis: P (S, r), or its codes; None before there is one. basis_scale: (r,) of codes, else None.
+        keeps_factors: whether the backward passes until the optimizer's next step keep dY and X, for a refresh.
+        factors: those that they have kept: pairs of dY (T, m) and X (T, n).
+        key: what the operation in a compiled graph finds it by.
+    """
+
+    def __init__(self, layer: nn.Linear, side: str, rank: int) -> None:
+        self.side, self.rank = side, rank
+        self.basis: Tensor | None = None
+        self.basis_scale: Tensor | None = None
+        self.keeps_factors = False
+        self.factors: list[tuple[Tensor, Tensor]] = []
+        self.owner: weakref.ref[Owner] | None = None
+        self.bind(layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no optimizer yet, and its layer binds it.
+        gone = dict.fromkeys(("owner", "key", "_layer", "_written"))
+        return {**self.__dict__, **gone, "factors": [], "keeps_factors": False}
+
+    def bind(self, layer: nn.Linear) -> None:
+        """Takes ``layer``, which holds weight and carrier, for its own."""
+        self._layer = weakref.ref(layer)
+        self._written: int | None = None
+        self.key = id(self)
+        _by_key[self.key] = self
+        _by_carrier[self.carrier] = weakref.ref(self)
+        self.carrier.register_post_accumulate_grad_hook(self._after_backward)
+
+    @property
+    def layer(self) -> Any:
+        """The linear layer, or one of several with this weight."""
+        layer = self._layer()
+        if layer is None:
+            raise RuntimeError("the layer of a low-rank gradient is gone; keep the model while its optimizer steps")
+        return layer
+
+    @property
+    def carrier(self) -> nn.Parameter:
+        """The parameter whose gradient is R."""
+        carrier: nn.Parameter = self.layer.lowrank
+        return carrier
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (m, n)."""
+        weight: Tensor = self.layer.weight
+        return weight
+
+    def _after_backward(self, carrier: Tensor) -> None:
+        if self._written is not None and carrier._version != self._written:
+            raise RuntimeError(
+                f"a low-rank gradient of shape {tuple(carrier.shape)}: something has written to the parameter that "
+                "carries it, which has no value: give the prepared model to a galore_kernels optimizer and to no other"
+            )
+        self._written = carrier._version
+        if carrier.grad is not None:
+            carrier.data = carrier.grad
+
+    def projected(self, rows: Tensor) -> Tensor:
+        """(T, r) of (T, S): ``rows @ P`` in their dtype."""
+        if self.basis is None:
+            raise RuntimeError("there is no basis yet")
+        if self.basis_scale is None:
+            return rows @ self.basis.to(rows.dtype)
+        codes = basis_codes(self.basis, self.rank).to(rows.dtype)
+        return (rows @ codes) * self.basis_scale.to(rows.dtype)
+
+    def of(self, grad_output: Tensor, saved: Tensor, *, is_projected: bool) -> Tensor:
+        """R of one backward pass, (L, r) in the carrier's dtype.
+
+        Args:
+            grad_output: dY, (T, m). saved: X (T, n), or X @ P (T, r) if ``is_projected``.
+        """
+        if not is_projected:
+            self._look_at(grad_output, saved)
+        if self.basis is None:
+            # Zeros, unless a factor isn't finite, which whoever looks at gradients has to see.
+            return torch.zeros_like(self.carrier) + (grad_output.sum() + saved.sum()) * 0
+        if self.side == "left":
+            lowrank = saved.T @ self.projected(grad_output)
+        else:
+            lowrank = grad_output.T @ (saved if is_projected else self.projected(saved))
+        return lowrank.to(self.carrier.dtype)
+
+    def _look_at(self, grad_output: Tensor, inputs: Tensor) -> None:
+        if self.basis is None:
+            owner = self.owner() if self.owner is not None else None
+            if owner is None:
+                raise RuntimeError(
+                    "a backward pass through a prepared layer that no optimizer has: make the optimizer from the "
+                    "prepared model's parameters before the first backward pass, or unprepare the model"
+                )
+            owner.find_first_basis(self, Factors([(grad_output, inputs)]))
+        elif self.keeps_factors:
+            self.factors.append((grad_output, inputs))
+
+    def use(self, state: Mapping[str, Any] | None) -> None:
+        """Takes the basis of the optimizer's state of the carrier, once there is one."""
+        there = state is not None and state["refreshes"] > 0
+        self.basis = state["basis"] if state is not None and there else None
+        self.basis_scale = state.get("basis_scale") if state is not None and there else None
+
+
+_by_key: weakref.WeakValueDictionary[int, LowRankGradient] = weakref.WeakValueDictionary()
+_by_carrier: Any = WeakTensorKeyDictionary()
+
+
+def lowrank_gradient_of(param: Tensor) -> LowRankGradient | None:
+    """What ``param`` carries the gradient of, if it is such a carrier."""
+    reference = _by_carrier.get(param)
+    return None if reference is None else reference()
+
+
+# Opaque to compilers: what it keeps, and the first search, are no part of a graph.
+_library = torch.library.Library("galore_kernels_nn", "DEF")
+_library.define("lowrank_gradient(Tensor grad_output, Tensor saved, int key, bool is_projected) -> Tensor")
+
+
+def _run(grad_output: Tensor, saved: Tensor, key: int, is_projected: bool) -> Tensor:
+    with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+        return _by_key[key].of(grad_output, saved, is_projected=is_projected)
+
+
+def _fake(grad_output: Tensor, saved: Tensor, key: int, is_projected: bool) -> Tensor:
+    carrier = _by_key[key].carrier
+    return grad_output.new_empty(carrier.shape, dtype=carrier.dtype)
+
+
+_library.impl("lowrank_gradient", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("galore_kernels_nn::lowrank_gradient", _fake, lib=_library)

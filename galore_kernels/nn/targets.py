@@ -1,0 +1,65 @@
+"""Which of a model's linear layers are meant, said by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+ALL_LINEAR = "all-linear"
+_HEAD_NAMES = ("lm_head", "output", "head", "embed_out", "classifier", "score")
+
+TargetModules = str | Sequence[str]
+
+
+def _output_head(model: nn.Module) -> set[int]:
+    """ids of the output head's weight: what Transformers calls the output embeddings, else a layer named like one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if head is not None:
+        return {id(head.weight)}
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _HEAD_NAMES
+    }
+
+
+def _matches(name: str, targets: TargetModules) -> bool:
+    if isinstance(targets, str):
+        return _fullmatch(targets, name)
+    return any(target in name or _fullmatch(target, name) for target in targets)
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"target_modules: {pattern!r} is no regular expression ({error}); write .* for anything, \\. for a dot"
+        ) from error
+
+
+def target_linears(model: nn.Module, target_modules: TargetModules) -> dict[str, nn.Linear]:
+    """The linear layers that ``target_modules`` names, by name.
+
+    Args:
+        model: whose ``nn.Linear`` layers are looked through.
+        target_modules: a sequence of strings, each matching a layer whose name contains it or that it matches in
+            full as a regular expression; or one string, a regular expression for the full name; or "all-linear",
+            every linear layer but the output head.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if target_modules == ALL_LINEAR:
+        head = _output_head(model)
+        return {name: module for name, module in linears.items() if id(module.weight) not in head}
+    return {name: module for name, module in linears.items() if _matches(name, target_modules)}
+
+
+def nothing_matches(model: nn.Module, target_modules: TargetModules) -> ValueError:
+    """The error where no trainable layer is named."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return ValueError(
+        f"target_modules={target_modules!r} matches no trainable linear layer; there are: {', '.join(names) or 'none'}"
+    )

@@ -1,0 +1,103 @@
+"""A gradient that is never formed: what the backward pass of a linear layer has of it, and what a search takes of that.
+
+A linear layer's gradient is G = dY.T @ X. Every product with it is two thin ones, so that a search needs T (L + S)
+numbers of T tokens instead of L S.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from galore_kernels.subspace.exact import exact_right_vectors
+from galore_kernels.subspace.precision import full_precision
+
+# Rows of G that exist at a time where its norm is summed in panels.
+PANEL_ROWS = 256
+
+
+class Factors:
+    """G = sum over k of left_k.T @ right_k, an (L, S) gradient.
+
+    Args:
+        pairs: of K micro-batches, (left (T_k, L), right (T_k, S)), on one device, of one dtype.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._pairs = list(pairs)
+        left, right = self._pairs[0]
+        self.shape, self.dtype, self.device = torch.Size((left.shape[1], right.shape[1])), left.dtype, left.device
+
+    @property
+    def T(self) -> Factors:  # noqa: N802 - a tensor's is called so
+        """The transposed gradient."""
+        return Factors([(right, left) for left, right in self._pairs])
+
+    @cached_property
+    def magnitude(self) -> float:
+        """0 if the gradient is; NaN or infinite if a factor holds such a value; else a positive number."""
+        left, right = self._largest
+        product = left * right
+        return float(self.near_one.norm) if 0.0 < product < math.inf else product
+
+    @cached_property
+    def near_one(self) -> ThinProduct:
+        """The gradient in float32, each side multiplied by a power of two that brings its largest magnitude near 1."""
+        scales = [2.0 ** -math.frexp(largest)[1] for largest in self._largest]
+        left, right = zip(*self._pairs, strict=True)
+        return ThinProduct(*(_scaled(side, scale) for side, scale in zip((left, right), scales, strict=True)))
+
+    @cached_property
+    def _largest(self) -> tuple[float, float]:
+        sides = zip(*self._pairs, strict=True)
+        left, right = torch.stack([torch.stack([x.abs().amax() for x in side]).amax() for side in sides]).tolist()
+        return left, right
+
+
+def _scaled(side: Sequence[Tensor], scale: float) -> Tensor:
+    return torch.cat([x.to(torch.float32) for x in side]).mul_(scale)
+
+
+class ThinProduct:
+    """G = left.T @ right, (L, S), of (T, L) and (T, S) in float32. What the search's ``Matrices`` call."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left, self._right = left, right
+
+    def times(self, right: Tensor, out: Tensor) -> None:
+        """``out`` (L, b) = G @ ``right`` (S, b)."""
+        torch.mm(self._left.T, self._right @ right, out=out)
+
+    def multiplied_by(self, left: Tensor, out: Tensor) -> None:
+        """``out`` (b, S) = ``left`` (b, L) @ G."""
+        torch.mm(left @ self._left.T, self._right, out=out)
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """Its Frobenius norm, 0-d float32: from Gram matrices of the tokens, or row by row where that is less work."""
+        tokens, (long, short) = len(self._left), (self._left.shape[1], self._right.shape[1])
+        with full_precision(), torch.autocast(self._left.device.type, enabled=False):
+            if tokens * (long + short) < long * short:
+                panels = ((x @ self._left.T) * (y @ self._right.T) for x, y in self._panels(self._left, self._right))
+            else:
+                panels = ((x.T @ self._right).square() for x in self._left.split(PANEL_ROWS, dim=1))
+            square = torch.stack([panel.sum(dtype=torch.float64) for panel in panels]).sum()
+        return square.clamp_min(0.0).sqrt().float()
+
+    @staticmethod
+    def _panels(left: Tensor, right: Tensor) -> zip[tuple[Tensor, Tensor]]:
+        return zip(left.split(PANEL_ROWS), right.split(PANEL_ROWS), strict=True)
+
+    def exact_right_vectors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """As the function of this name, from the smaller of G and of the triangular factors of both sides."""
+        tokens, (long, short) = len(self._left), (self._left.shape[1], self._right.shape[1])
+        if tokens >= min(long, short):
+            return exact_right_vectors(self._left.T @ self._right, rank)
+        left, (q, right) = torch.linalg.qr(self._left.T, mode="r").R, torch.linalg.qr(self._right.T)
+        vectors, sigma = exact_right_vectors(left @ right.T, min(rank, tokens))
+        missing = rank - len(sigma)
+        return torch.nn.functional.pad(q @ vectors, (0, missing)), torch.nn.functional.pad(sigma, (0, missing))
