@@ -22,7 +22,7 @@ from report import write_json
 from rich.console import Console
 from rich.table import Table
 
-from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, galore_param_groups
+from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, galore_param_groups, prepare
 from galore_kernels.plan import LlamaShape, Plan, plan
 from galore_kernels.plan.live import LiveBytes
 from galore_kernels.plan.shapes import MODELS
@@ -89,11 +89,15 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
                 for optimizer in optimizers:
                     yield Case(shape, optimizer, batch, sequence, {**options, "step": "ordinary"})
                 yield Case(shape, "galore8bit", batch, sequence, {**options, "step": "refresh"})
+                for step in ("ordinary", "refresh"):
+                    yield Case(shape, "galore8bit", batch, sequence, {**options, "gradients": "factored", "step": step})
         # So few tokens that the update is the fullest moment: its workspace, and the refresh's, are seen.
         for weights in ("fp32", "bf16"):
             for optimizer in ("adamw", "galore8bit"):
                 yield Case(shape, optimizer, 1, 8, {"weights": weights, "step": "ordinary"})
-            yield Case(shape, "galore8bit", 1, 8, {"weights": weights, "step": "refresh"})
+            for gradients in ("dense", "factored"):
+                options = {"weights": weights, "gradients": gradients, "step": "refresh"}
+                yield Case(shape, "galore8bit", 1, 8, options)
         yield Case(shape, "galore8bit", 1, 8, {"weights": "bf16", "basis_format": "int8", "step": "refresh"})
     for optimizer in ("adamw8bit", "galore_torch", "galore_torch8bit"):
         yield Case("tiny", optimizer, 4, 128, {"weights": "bf16", "step": "ordinary"})
@@ -123,6 +127,8 @@ def build_model(case: Case) -> torch.nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(case.predicted().settings.dtype)
     model.train()
+    if case.options.get("gradients") == "factored":
+        prepare(model, rank=RANKS[case.shape])
     if case.options.get("checkpointing") == "layer":
         settings = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]

@@ -57,7 +57,8 @@ def saved_tensors(settings: Settings, *, keeps_inputs: bool = False) -> list[Sav
     """Of one layer, without checkpointing or once it is computed again.
 
     Args:
-        keeps_inputs: with factored gradients, of a layer whose bases are found in this step, from the inputs.
+        keeps_inputs: with factored gradients, of a layer whose bases are found in this step, from the inputs: it keeps
+            those, and not X @ P.
     """
     shape, tokens, own = settings.shape, settings.tokens, settings.dtype
     wide, narrow, inner = (tokens, shape.query_width), (tokens, shape.kv_width), (tokens, shape.intermediate)
@@ -74,14 +75,14 @@ def saved_tensors(settings: Settings, *, keeps_inputs: bool = False) -> list[Sav
         Saved("silu", inner, own),
         Saved("product", inner, own),
     ]
-    if settings.gradients == "dense":
+    if settings.gradients == "dense" or keeps_inputs:
         return saved
     linears = shape.linears()
     factored = [matrix for matrix in linears if settings.side(matrix) == "right"]
     # Saved by linear layers alone; the other inputs are saved by attention's kernel, and by nobody else but down.
     sole = {"attention.input", "mlp.input", "product"}
     unneeded = sole - {matrix.input for matrix in linears if matrix not in factored}
-    saved = [tensor for tensor in saved if keeps_inputs or tensor.name not in unneeded]
+    saved = [tensor for tensor in saved if tensor.name not in unneeded]
     return saved + [Saved(f"{m.name}.projected input", (tokens, settings.rank_of(m)), own) for m in factored]
 
 

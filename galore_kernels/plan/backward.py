@@ -117,6 +117,10 @@ class Backward:
             line.make(tensor.name, "activations", tensor.bytes)
         if settings.checkpointing == "layer" and settings.dtype == torch.float32:
             line.free("attention.x")  # it is the layer's input, which has been kept
+        if keeps:
+            outputs = ("residual", "up", "gate", "values", "keys", "queries")
+            for name in {matrix.input for matrix in shape.linears()} | {f"d {output}" for output in outputs}:
+                line.keep(name, "kept for the refresh", "refresh workspace")
 
         self._linear(down, "residual", "product", inner, last_user_of=("product",))
         self._gradient_of("silu", inner)
@@ -129,6 +133,8 @@ class Backward:
         self._norm("mlp")
 
         line.moment = f"{moment}, attention"
+        if keeps:
+            line.keep("d residual", "kept for the refresh", "refresh workspace")  # the one that o is given
         self._linear(o, "residual", "attention.output", wide)
         for name, elements in (("queries", wide), ("keys", narrow), ("values", narrow)):
             self._gradient_of(name, elements)
@@ -139,8 +145,6 @@ class Backward:
         self._norm("attention")
         if settings.checkpointing == "layer":
             line.shrink("saved by layers", self._stream * settings.dtype.itemsize)
-        if keeps:
-            line.make("kept for the refresh", "refresh workspace", self._kept())
 
     def _linear(
         self, matrix: Matrix, output: str, name: str, elements: int, *, last_user_of: tuple[str, ...] = ()
@@ -154,12 +158,6 @@ class Backward:
         line.free(*last_user_of, f"{matrix.name}.projected input")
         self._weight_gradient_is_ready(matrix, projected=True)
         self._add(name, f"{name}, part", elements)
-
-    def _kept(self) -> int:
-        """X (once where matrices share it) and dY of a layer's seven matrices, (T, n) and (T, m)."""
-        linears = self.settings.shape.linears()
-        columns = sum({matrix.input: matrix.cols for matrix in linears}.values()) + sum(m.rows for m in linears)
-        return self.settings.tokens * columns * self.settings.dtype.itemsize
 
     def _norm(self, name: str) -> None:
         """y = weight * own(x / rms(x)) with the mathematics in float32, and the addition to the residual stream."""

@@ -171,26 +171,42 @@ class _Step:
         with line.during("update", "update workspace", self.memory.update(self.settings, [param])):
             line.moment = before
 
-    def _refresh(self, matrix: Matrix, count: int) -> None:
-        if self.memory.refresh is not None:
-            size = self.memory.refresh(self.settings, matrix, count)
-            with self.line.during("refresh", "refresh workspace", size):
+    def _refresh(self, matrix: Matrix, count: int, *, found_before: bool = False) -> None:
+        """The search for the bases of matrices of one shape; their update follows, unless they have been counted."""
+        if self.memory.refresh is not None and count > 0:
+            search, found = self.memory.refresh(self.settings, matrix, count)
+            with self.line.during("search for bases", "refresh workspace", search + (0 if found_before else found)):
                 pass
 
     def _after_backward(self) -> None:
         settings, line = self.settings, self.line
         every = parameters(settings.shape)
-        if settings.gradients == "factored" or settings.updates == "whole":
-            line.moment = "refresh of the bases, after backward"
-            groups: dict[tuple[int, int], list[Parameter]] = {}
-            for param in every:
-                if param.projected:
-                    groups.setdefault((param.matrix.rows, param.matrix.cols), []).append(param)
-            for group in groups.values():
-                count = sum(param.count for param in group)
-                self._refresh(group[0].matrix, min(count, settings.due(sum(p.count for p in every if p.projected))))
-            line.free("kept for the refresh")
+        factored = settings.gradients == "factored"
+        if factored or settings.updates == "whole":
+            line.moment = "search for bases, after backward"
+            due = self._due()
+            if factored and self.memory.refresh is not None:  # all are found before the first update
+                found = sum(self.memory.refresh(settings, matrix, count)[1] for matrix, count in due)
+                line.make("bases found", "refresh workspace", found)
+            for matrix, count in due:
+                self._refresh(matrix, count, found_before=factored)
         if settings.updates == "whole":
             line.moment = "update, after backward"
             with line.during("update", "update workspace", self.memory.update(settings, every)):
                 pass
+        line.free("kept for the refresh", "bases found")
+
+    def _due(self) -> list[tuple[Matrix, int]]:
+        """Matrices of one shape whose bases are refreshed in this step, and how many of them; the largest first."""
+        counts: dict[tuple[int, int], tuple[Matrix, int]] = {}
+        for param in parameters(self.settings.shape):
+            if param.projected:
+                size = (param.matrix.rows, param.matrix.cols)
+                matrix, count = counts.get(size, (param.matrix, 0))
+                counts[size] = (matrix, count + param.count)
+        left = self.settings.due(sum(count for _, count in counts.values()))
+        due = []
+        for matrix, count in sorted(counts.values(), key=lambda entry: -entry[0].numel):
+            due.append((matrix, min(count, left)))
+            left -= due[-1][1]
+        return due

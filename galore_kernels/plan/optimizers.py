@@ -53,7 +53,8 @@ class Memory:
         label: its name in tables.
         state: bytes of (moments, bases) of a whole model.
         update: bytes beside gradients and state while these parameters are updated in one step.
-        refresh: the same while the bases of so many matrices of one shape are found; None if there are none.
+        refresh: the same while the bases of so many matrices of one shape are found, and of the bases found until they
+            are in the state; None if there are none.
         modes: values of ``weights`` and ``gradients`` it can be combined with.
         rank: of all projections, where it is not to be chosen.
     """
@@ -61,7 +62,7 @@ class Memory:
     label: str
     state: Callable[[Settings], tuple[int, int]]
     update: Callable[[Settings, Sequence[Parameter]], int]
-    refresh: Callable[[Settings, Matrix, int], int] | None = None
+    refresh: Callable[[Settings, Matrix, int], tuple[int, int]] | None = None
     modes: tuple[str, ...] = ("fp32", "bf16", "dense")
     rank: int | None = None
 
@@ -84,7 +85,7 @@ def _our_state(
     def tensors(projected: bool) -> list[torch.Tensor]:
         chosen = [(p.matrix, p.count) for p in every if p.projected is projected]
         sizes = [((m.rows, m.cols) if m.cols > 1 else (m.rows,), count) for m, count in chosen]
-        return [torch.empty(size, dtype=dtype, device="meta") for size, count in sizes for _ in range(count)]
+        return [torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size, count in sizes for _ in range(count)]
 
     group = {"params": tensors(True), "rank": rank, "proj_type": proj_type, "basis_format": basis_format}
     optimizer = getattr(galore_kernels, class_name)([group, {"params": tensors(False)}])
@@ -101,7 +102,7 @@ def _ours(class_name: str) -> Memory:
         return _our_state(settings.shape, settings.dtype, *options, class_name)
 
     every = ("fp32", "bf16", "int8", "dense", "factored")
-    return Memory(class_name, state, _our_update, _our_refresh, every)
+    return Memory(class_name, state, _our_update, refresh_bytes, every)
 
 
 def _our_update(settings: Settings, params: Sequence[Parameter]) -> int:
@@ -119,12 +120,9 @@ def _our_scratch(settings: Settings, param: Parameter) -> int:
         native = workspace_bytes(matrix.rows, matrix.cols, rank, settings.side(matrix), torch.get_num_threads())
         return lowrank * _FLOAT + native
     each = lowrank * (_FLOAT + settings.dtype.itemsize)
-    together = settings.gradients == "dense" and settings.updates == "whole"
-    return each * (min(param.count, max(1, WORKSPACE_BYTES // each)) if together else 1)
-
-
-def _our_refresh(settings: Settings, matrix: Matrix, count: int) -> int:
-    return refresh_bytes(settings, matrix, count, from_gradient=settings.gradients == "dense")
+    together = min(param.count, max(1, WORKSPACE_BYTES // each))
+    gathered = lowrank * settings.dtype.itemsize if settings.gradients == "factored" else 0  # the gradients, in a row
+    return together * (each + gathered)
 
 
 # ------------------------------------------------------------------ full-rank rivals
@@ -234,22 +232,20 @@ def _apollo_update(settings: Settings, params: Sequence[Parameter]) -> int:
     return max(map(elements, params)) * settings.dtype.itemsize
 
 
-def _full_svd(settings: Settings, matrix: Matrix, count: int) -> int:
+def _full_svd(settings: Settings, matrix: Matrix, count: int) -> tuple[int, int]:
     """One matrix after another: a float32 copy of a 16-bit gradient, U (m, k) and V (k, n), k the smaller, and (L, r).
 
     The last are the other side's vectors, times the singular values, which nobody asks for.
     """
-    if count == 0:
-        return 0
     copy = matrix.numel if settings.dtype != torch.float32 else 0
     factors = min(matrix.rows, matrix.cols) * (matrix.rows + matrix.cols)
-    return (copy + factors + _low_rank(settings, matrix)) * _FLOAT
+    return (copy + factors + _low_rank(settings, matrix)) * _FLOAT, 0
 
 
-def _galore_torch_refresh(settings: Settings, matrix: Matrix, count: int) -> int:
+def _galore_torch_refresh(settings: Settings, matrix: Matrix, count: int) -> tuple[int, int]:
     """Beside that, the direction projected back and the root of v of the matrix before."""
     before = matrix.numel + _low_rank(settings, matrix)
-    return _full_svd(settings, matrix, count) + (before * settings.dtype.itemsize if count else 0)
+    return _full_svd(settings, matrix, count)[0] + before * settings.dtype.itemsize, 0
 
 
 OPTIMIZERS: dict[str, Memory] = {

@@ -17,31 +17,35 @@ __all__ = ["refresh_bytes"]
 _FLOAT, _DOUBLE = torch.float32.itemsize, torch.float64.itemsize
 
 
-def refresh_bytes(settings: Settings, matrix: Matrix, count: int, *, from_gradient: bool = True) -> int:
+def refresh_bytes(settings: Settings, matrix: Matrix, count: int) -> tuple[int, int]:
     """Bytes beside gradients and state while the bases of ``count`` matrices of one shape are found.
 
-    Args:
-        from_gradient: whether G is there; else products with it are products with X and dY, (T, b) in between.
+    Returns:
+        What the search itself takes, and the bases that it has found, float32, until they go into the state.
     """
-    if count == 0:
-        return 0
     (long, short), rank = settings.long_short(matrix), settings.rank_of(matrix)
+    found = short * rank * _FLOAT
     columns = block_columns((long, short), rank, "randomized")
-    at_once = 1 if settings.device == "cpu" else batch_size(count, (long, short), columns)
-    copies = _copies(settings, matrix, columns) if from_gradient else 0
-    if columns is None:
-        thin = _exact(long, short, rank)
-    else:
-        thin = _krylov(long, short, rank, columns) + (0 if from_gradient else settings.tokens * columns * _FLOAT)
-    found = count * short * rank * _FLOAT if settings.device == "cuda" else 0  # all go into the state afterwards
-    return found + at_once * (copies + thin)
+    if settings.gradients == "factored":  # one after another, all before the update
+        return _from_factors(settings.tokens, long, short, rank, columns, settings.dtype), count * found
+    copied = settings.dtype != torch.float32 and (settings.device == "cpu" or columns is None)
+    copy = matrix.numel * _FLOAT if copied else 0
+    thin = _exact(long, short, rank) if columns is None else _krylov(long, short, rank, columns)
+    if settings.device == "cpu":  # each followed by its update
+        return copy + thin, 0
+    return batch_size(count, (long, short), columns) * (copy + thin), count * found
 
 
-def _copies(settings: Settings, matrix: Matrix, columns: int | None) -> int:
-    """Of the gradient in float32: of a 16-bit one on a CPU, and of any for an exact decomposition."""
-    narrow = settings.dtype != torch.float32
-    copied = narrow and (settings.device == "cpu" or columns is None)
-    return matrix.numel * _FLOAT if copied else 0
+def _from_factors(tokens: int, long: int, short: int, rank: int, columns: int | None, dtype: torch.dtype) -> int:
+    """Where G is dY.T @ X: both in float32, (T, L) and (T, S), and products with one of them, (T, b)."""
+    copies = tokens * (long + short) * _FLOAT
+    copying = copies + tokens * max(long, short) * _FLOAT if dtype != torch.float32 else copies
+    if columns is not None:
+        return max(copying, copies + _krylov(long, short, rank, columns) + tokens * columns * _FLOAT)
+    if tokens >= min(long, short):  # G itself is made
+        return max(copying, copies + long * short * _FLOAT + _exact(long, short, rank))
+    triangles = (tokens * (long + short) + 2 * tokens**2) * _FLOAT  # of QR decompositions of both
+    return max(copying, copies + triangles + 2 * tokens**2 * _FLOAT)
 
 
 def _krylov(long: int, short: int, rank: int, columns: int) -> int:

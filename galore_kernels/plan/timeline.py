@@ -28,6 +28,7 @@ class Timeline:
     peak_parts: dict[str, int] = field(default_factory=dict)
     peak_tensors: dict[str, int] = field(default_factory=dict)
     _live: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _kept: dict[str, tuple[str, str]] = field(default_factory=dict)
     _total: int = 0
 
     def make(self, name: str, part: str, size: int) -> None:
@@ -45,7 +46,14 @@ class Timeline:
     def free(self, *names: str) -> None:
         """Tensors that are needed no more. Names that are not alive count as freed: modes leave tensors out."""
         for name in names:
-            self._total -= self._live.pop(name, ("", 0))[1]
+            size = self._live.pop(name, ("", 0))[1]
+            self._total -= size
+            if name in self._kept:
+                self.make(*self._kept.pop(name), size)
+
+    def keep(self, name: str, under: str, part: str) -> None:
+        """When the tensor is freed it goes on living, as part of what lives under another name."""
+        self._kept[name] = (under, part)
 
     def shrink(self, name: str, size: int) -> None:
         """``size`` bytes of the tensors under one name are needed no more."""
