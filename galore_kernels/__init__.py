@@ -6,11 +6,12 @@
 
 from galore_kernels import backends, checkpoint, ops
 from galore_kernels._native import build_info as _build_info
-from galore_kernels.nn import prepare, unprepare
+from galore_kernels.nn import plain_state_dict, prepare, unprepare
 from galore_kernels.ops import backend_info
 from galore_kernels.optim import (
     GaLoreFusedAdam8bit,
     GaLoreFusedAdamW,
+    LayerwiseOptimizer,
     NonFiniteGradientWarning,
     galore_param_groups,
 )
@@ -20,6 +21,7 @@ __version__: str = _build_info()["version"]
 __all__ = [
     "GaLoreFusedAdam8bit",
     "GaLoreFusedAdamW",
+    "LayerwiseOptimizer",
     "NonFiniteGradientWarning",
     "__version__",
     "backend_info",
@@ -27,6 +29,7 @@ __all__ = [
     "checkpoint",
     "galore_param_groups",
     "ops",
+    "plain_state_dict",
     "prepare",
     "unprepare",
 ]

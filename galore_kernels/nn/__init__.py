@@ -1,17 +1,20 @@
 """Linear layers for low-rank training."""
 
-from galore_kernels.nn.factored_linear import FactoredLinear
+from galore_kernels.nn.factored_linear import FactoredLinear, Int8Linear, WeightCodes
 from galore_kernels.nn.lowrank_gradient import LowRankGradient, lowrank_gradient_of
-from galore_kernels.nn.prepare import prepare, unprepare
+from galore_kernels.nn.prepare import plain_state_dict, prepare, unprepare
 from galore_kernels.nn.targets import ALL_LINEAR, TargetModules, nothing_matches, target_linears
 
 __all__ = [
     "ALL_LINEAR",
     "FactoredLinear",
+    "Int8Linear",
     "LowRankGradient",
     "TargetModules",
+    "WeightCodes",
     "lowrank_gradient_of",
     "nothing_matches",
+    "plain_state_dict",
     "prepare",
     "target_linears",
     "unprepare",

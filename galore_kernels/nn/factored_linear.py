@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from galore_kernels.nn.lowrank_gradient import LowRankGradient
+from galore_kernels.quantizers import dequantize_weight, quantize_weight
 
 #: The name of the carrier among the layer's parameters; see ``LowRankGradient``.
 CARRIER = "lowrank"
@@ -23,21 +25,22 @@ class _Linear(torch.autograd.Function):
         inputs: Tensor,
         saved: Tensor,
         weight: Tensor,
+        weight_scale: Tensor | None,
         bias: Tensor | None,
         carrier: Tensor,
         key: int,
         is_projected: bool,
     ) -> Tensor:
-        ctx.save_for_backward(saved, weight)
+        ctx.save_for_backward(saved, weight, weight_scale)
         ctx.key, ctx.is_projected = key, is_projected
         bias = None if bias is None else bias.to(inputs.dtype)
-        return nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
+        return nn.functional.linear(inputs, _dense(weight, weight_scale, inputs.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved, weight = ctx.saved_tensors
-        needs_inputs, _, _, needs_bias, needs_carrier, _, _ = ctx.needs_input_grad
+        saved, weight, weight_scale = ctx.saved_tensors
+        needs_inputs, _, _, _, needs_bias, needs_carrier, _, _ = ctx.needs_input_grad
         grad_inputs = grad_bias = grad_carrier = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if needs_carrier:
@@ -47,8 +50,12 @@ class _Linear(torch.autograd.Function):
         if needs_bias:
             grad_bias = rows.sum(0)
         if needs_inputs:
-            grad_inputs = grad_output @ weight.to(grad_output.dtype)
-        return grad_inputs, None, None, grad_bias, grad_carrier, None, None
+            grad_inputs = grad_output @ _dense(weight, weight_scale, grad_output.dtype)
+        return grad_inputs, None, None, None, grad_bias, grad_carrier, None, None
+
+
+def _dense(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if weight_scale is None else dequantize_weight(weight, weight_scale, dtype)
 
 
 class FactoredLinear(nn.Linear):
@@ -71,7 +78,7 @@ class FactoredLinear(nn.Linear):
             rows = input.to(torch.get_autocast_dtype(input.device.type))
         if not (torch.is_grad_enabled() and self.lowrank.requires_grad):
             bias = None if self.bias is None else self.bias.to(rows.dtype)
-            return nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
+            return nn.functional.linear(rows, _dense(*self.stored_weight(), rows.dtype), bias)
         gradient = self.gradient
         # A compiled graph would be another for each set of layers that keep their inputs.
         projects = (
@@ -82,7 +89,11 @@ class FactoredLinear(nn.Linear):
         )
         with torch.no_grad():
             saved = gradient.projected(rows) if projects else rows.detach()
-        return _Linear.apply(rows, saved, self.weight, self.bias, self.lowrank, gradient.key, projects)
+        return _Linear.apply(rows, saved, *self.stored_weight(), self.bias, self.lowrank, gradient.key, projects)
+
+    def stored_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (m, n), or its int8 codes with their scales."""
+        return self.weight, None
 
     def extra_repr(self) -> str:
         """Also side and rank."""
@@ -110,3 +121,52 @@ class FactoredLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         missing_keys[:] = [key for key in missing_keys if key != prefix + CARRIER]
+
+
+class WeightCodes(nn.Parameter):
+    """The codes of an int8 weight: a parameter that whoever is given all of a model's may be given."""
+
+
+class Int8Linear(FactoredLinear):
+    """A ``FactoredLinear`` whose weight is kept in int8, with a scale for each group of 256 elements of a row.
+
+    The weight is dequantized in the forward pass and again in the backward pass, and not kept in between. In
+    ``state_dict`` it is ``weight_codes`` and ``weight_scale`` instead of ``weight``; a ``weight`` is quantized when it
+    is loaded. ``plain_state_dict`` gives the weights as a plain model has them.
+
+    Attributes:
+        weight_codes: int8 (m, n). weight_scale: float32 (m, ceil(n / 256)).
+    """
+
+    weight_codes: WeightCodes
+    weight_scale: nn.Parameter
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight in the model's dtype: a copy, made anew each time."""
+        return dequantize_weight(self.weight_codes, self.weight_scale, self.lowrank.dtype)
+
+    def stored_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Codes and scales."""
+        return self.weight_codes, self.weight_scale
+
+    def quantize(self, weight: Tensor) -> None:
+        """Makes ``weight`` (m, n) the layer's, rounded to nearest."""
+        codes, scale = quantize_weight(weight)
+        self.weight_codes = WeightCodes(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        # What casts a model means its weights, of which this scale is a part that stays float32.
+        scale = self.weight_scale.detach()
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale.data = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.pop(prefix + "weight", None)
+        if weight is not None:
+            codes, scale = quantize_weight(weight)
+            state_dict[prefix + "weight_codes"], state_dict[prefix + "weight_scale"] = codes, scale
+        super()._load_from_state_dict(state_dict, prefix, *args)

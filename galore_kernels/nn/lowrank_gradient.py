@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from galore_kernels.quantizers import basis_codes
-from galore_kernels.subspace import Factors
+from galore_kernels.subspace import Factors, project_rows
 
 
 class Owner(Protocol):
@@ -78,9 +77,15 @@ class LowRankGradient:
 
     @property
     def weight(self) -> Tensor:
-        """The weight (m, n)."""
-        weight: Tensor = self.layer.weight
+        """The weight (m, n), or its int8 codes."""
+        weight: Tensor = self.layer.stored_weight()[0]
         return weight
+
+    @property
+    def weight_scale(self) -> Tensor | None:
+        """The scales of int8 codes (m, ceil(n / 256)), or None."""
+        scale: Tensor | None = self.layer.stored_weight()[1]
+        return scale
 
     def _after_backward(self, carrier: Tensor) -> None:
         if self._written is not None and carrier._version != self._written:
@@ -96,10 +101,7 @@ class LowRankGradient:
         """(T, r) of (T, S): ``rows @ P`` in their dtype."""
         if self.basis is None:
             raise RuntimeError("there is no basis yet")
-        if self.basis_scale is None:
-            return rows @ self.basis.to(rows.dtype)
-        codes = basis_codes(self.basis, self.rank).to(rows.dtype)
-        return (rows @ codes) * self.basis_scale.to(rows.dtype)
+        return project_rows(rows, self.basis, self.basis_scale)
 
     def of(self, grad_output: Tensor, saved: Tensor, *, is_projected: bool) -> Tensor:
         """R of one backward pass, (L, r) in the carrier's dtype.
@@ -129,6 +131,11 @@ class LowRankGradient:
             owner.find_first_basis(self, Factors([(grad_output, inputs)]))
         elif self.keeps_factors:
             self.factors.append((grad_output, inputs))
+
+    def release(self) -> None:
+        """Gives up the memory of the last gradient, which whoever has updated the weight needs no more."""
+        self.carrier.grad = None
+        self.carrier.data = self.carrier.new_zeros(()).expand(self.carrier.shape)
 
     def use(self, state: Mapping[str, Any] | None) -> None:
         """Takes the basis of the optimizer's state of the carrier, once there is one."""

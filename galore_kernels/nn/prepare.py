@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from galore_kernels.nn.factored_linear import CARRIER, FactoredLinear
+from galore_kernels.nn.factored_linear import CARRIER, FactoredLinear, Int8Linear
 from galore_kernels.nn.lowrank_gradient import LowRankGradient
 from galore_kernels.nn.targets import TargetModules, nothing_matches, target_linears
 from galore_kernels.ops.projection import long_short
@@ -24,6 +24,7 @@ def prepare(
     rank: int = 128,
     *,
     proj_type: str = "std",
+    weights: str | None = None,
 ) -> Model:
     """Gives a model's linear layers factored gradients: no (m, n) gradient of theirs ever exists.
 
@@ -42,6 +43,11 @@ def prepare(
     which is used from the next step on (as with ``async_refresh=True`` without factored gradients). No (m, n) gradient
     is formed then either, but with ``refresh_method="svd"`` and more tokens than min(m, n) one layer's at a time.
 
+    With ``weights="int8"`` the layers keep their weights in int8, a scale for each group of 256 (after Q-GaLore, Zhang
+    et al., arXiv 2407.08296): a byte for each element instead of two or four, and no copy of higher precision anywhere.
+    The optimizer updates the codes, rounding stochastically; the forward and the backward pass dequantize one layer's
+    at a time. See ``galore_kernels.nn.Int8Linear`` for their ``state_dict``, ``plain_state_dict`` for a plain model's.
+
     Layers are changed in place: hooks, names, ``state_dict`` keys and shapes stay. Layers that share a weight share its
     gradient; layers whose weight does not require a gradient are left alone.
 
@@ -50,6 +56,7 @@ def prepare(
         target_modules: as of ``galore_param_groups``.
         rank: r >= 1, at most min(m, n) of each layer (larger ones are clamped).
         proj_type: "std" projects the smaller dimension, "reverse_std" the larger, "left" rows, "right" columns.
+        weights: None keeps them as they are; "int8".
 
     Returns:
         ``model``.
@@ -63,6 +70,8 @@ def prepare(
         raise ValueError(f"rank={rank!r}: expected an integer >= 1; 128 is GaLore's default")
     if proj_type == "full":
         raise ValueError('proj_type="full": expected one side for factored gradients; choose "std", "left" or "right"')
+    if weights not in (None, "int8"):
+        raise ValueError(f'weights={weights!r}: expected None or "int8"; None keeps the weights as they are')
     _refuse_wrappers(model)
     targets = target_linears(model, target_modules)
     layers = {name: layer for name, layer in targets.items() if layer.weight.requires_grad}
@@ -75,17 +84,24 @@ def prepare(
     prepared: dict[int, FactoredLinear] = {}
     for name, layer in layers.items():
         weight = layer.weight
-        layer.__class__ = FactoredLinear
+        layer.__class__ = FactoredLinear if weights is None else Int8Linear
         factored = cast(FactoredLinear, layer)
         first = prepared.setdefault(id(weight), factored)
         if first is not factored:
             factored.lowrank, factored.gradient = first.lowrank, first.gradient
+            if isinstance(first, Int8Linear):
+                del layer.weight
+                factored.weight_codes, factored.weight_scale = first.weight_codes, first.weight_scale
             continue
         side, own_rank = sides[name], min(rank, *weight.shape)
         long, _ = long_short(tuple(weight.shape), side)
         factored.lowrank = nn.Parameter(torch.zeros((long, own_rank), dtype=weight.dtype, device=weight.device))
-        weight.requires_grad_(False)
-        weight.grad = None
+        if isinstance(factored, Int8Linear):
+            del factored.weight
+            factored.quantize(weight.detach())
+        else:
+            weight.requires_grad_(False)
+            weight.grad = None
         factored.gradient = LowRankGradient(factored, side, own_rank)
     return model
 
@@ -96,12 +112,38 @@ def unprepare(model: Model) -> Model:
     Returns:
         ``model``.
     """
+    weights: dict[int, nn.Parameter] = {}
     for layer in [module for module in model.modules() if isinstance(module, FactoredLinear)]:
-        layer.weight.requires_grad_(True)
+        key = id(layer.gradient)
+        if key not in weights:
+            weights[key] = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
+            weights[key].requires_grad_(True)
         delattr(layer, CARRIER)
+        if isinstance(layer, Int8Linear):
+            del layer.weight_codes, layer.weight_scale
         del layer.gradient
         layer.__class__ = nn.Linear  # type: ignore[assignment]
+        layer.weight = weights[key]
     return model
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` that the model would have unprepared: int8 weights in the dtype that they had before.
+
+    It is made anew at each call, and takes the memory of a plain model.
+    """
+    layers = {
+        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Int8Linear)
+    }
+    weights = {id(layer.gradient): layer.weight for layer in layers.values()}
+    plain: dict[str, torch.Tensor] = {}
+    for key, value in model.state_dict().items():
+        name, _, own = key.rpartition(".")
+        if name not in layers or own not in ("weight_codes", "weight_scale"):
+            plain[key] = value
+        elif own == "weight_codes":
+            plain[f"{name}.weight" if name else "weight"] = weights[id(layers[name].gradient)]
+    return plain
 
 
 def _check(name: str, layer: nn.Linear) -> None:

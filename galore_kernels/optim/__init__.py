@@ -1,7 +1,14 @@
 """The optimizers."""
 
 from galore_kernels.optim.galore import GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels.optim.layerwise import LayerwiseOptimizer
 from galore_kernels.optim.param_groups import galore_param_groups
 from galore_kernels.optim.step import NonFiniteGradientWarning
 
-__all__ = ["GaLoreFusedAdam8bit", "GaLoreFusedAdamW", "NonFiniteGradientWarning", "galore_param_groups"]
+__all__ = [
+    "GaLoreFusedAdam8bit",
+    "GaLoreFusedAdamW",
+    "LayerwiseOptimizer",
+    "NonFiniteGradientWarning",
+    "galore_param_groups",
+]

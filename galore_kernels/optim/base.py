@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_kernels.nn import lowrank_gradient_of
+from galore_kernels.nn import WeightCodes, lowrank_gradient_of
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.factored import check_factored
+from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, check_group, check_param
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
-from galore_kernels.optim.step import SteppingOptimizer
 
 
-class GaLoreAdam(SteppingOptimizer):
+class GaLoreAdam(OneByOne):
     """Adam in the gradient's low-rank subspace: what both public optimizers are, but for the format of the moments."""
 
     def __init__(
@@ -131,7 +131,8 @@ class GaLoreAdam(SteppingOptimizer):
                 )
             param = entry[1] if isinstance(entry, tuple) else entry
             name = f"{where}, parameter {position}" + (f' ("{_entry_name(entry)}")' if _entry_name(entry) else "")
-            check_param(param, name)
+            if not isinstance(param, WeightCodes):  # which have no gradient: what updates them is another parameter
+                check_param(param, name)
             if id(param) in present:
                 raise ValueError(f"{name}: given twice; pass each parameter once (tied weights are one parameter)")
             present.add(id(param))

@@ -12,6 +12,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -19,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_kernels.ops.adam import AdamOptions, check_adam, check_weight
+from galore_kernels.nn import WeightCodes
+from galore_kernels.ops.adam import AdamOptions, check_adam
 from galore_kernels.ops.group import UpdateGroup
-from galore_kernels.ops.projection import check_projection
+from galore_kernels.ops.projection import check_projected_weight, check_projection
 from galore_kernels.ops.registry import Backend
 from galore_kernels.optim.counters import Counter, Counters
 from galore_kernels.optim.options import KNOWN, matrix_shape
 from galore_kernels.optim.refresh import due_at
 from galore_kernels.optim.state import adam_state
 from galore_kernels.optim.update import Update
+
+#: By the index of their parameters.
+Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 States = Mapping[Tensor, dict[str, Any]]
 
@@ -37,7 +42,7 @@ _moments = itemgetter("exp_avg", "exp_avg_sq")
 _dtype, _shape, _layout, _is_leaf = map(attrgetter, ("dtype", "shape", "layout", "is_leaf"))
 
 #: Parameters whose memory a launch may be given. Other subclasses may hold their data elsewhere.
-_PLAIN_TYPES = (Tensor, nn.Parameter)
+_PLAIN_TYPES = (Tensor, nn.Parameter, WeightCodes)
 
 
 def capturing(devices: Iterable[torch.device]) -> bool:
@@ -154,6 +159,7 @@ class PlannedGroup:
             scale=1.0 if side is None else float(first.group["scale"]),
             rounding_seeds=seeds or None,
             basis_scales=tuple(state["basis_scale"] for state in own if "basis_scale" in state),
+            weight_scales=tuple(scale for member in members if (scale := member.weight_scale) is not None),
         )
         _check(group, options)
         self._update = backend.group(group)
@@ -198,7 +204,7 @@ class PlannedGroup:
         rest = [member for member in self.members if id(member.param) not in ids]
         return PlannedGroup(rest, states, self._backend, options, counters) if rest else None
 
-    def run(self, gradients: Sequence[Tensor | None], options: AdamOptions) -> None:
+    def run(self, gradients: Gradients, options: AdamOptions) -> None:
         """One step of all members, each with its gradient among those of all parameters."""
         grads: list[Any] = [gradients[index] for index in self._indices]
         if self._copies:
@@ -332,8 +338,11 @@ def _check(group: UpdateGroup, options: AdamOptions) -> None:
     """Raises ValueError, as the group's operation would, unless every tensor fits."""
     bases = group.bases or (None,) * len(group.params)
     scales = group.basis_scales or (None,) * len(group.params)
-    for param, state, basis, basis_scale in zip(group.params, group.states, bases, scales, strict=True):
-        check_weight(group.operation, param)
+    weight_scales = group.weight_scales or (None,) * len(group.params)
+    seeds = group.rounding_seeds or (None,) * len(group.params)
+    each = zip(group.params, group.states, bases, scales, weight_scales, seeds, strict=True)
+    for param, state, basis, basis_scale, weight_scale, seed in each:
+        check_projected_weight(group.operation, param, weight_scale, replace(options, rounding_seed=seed))
         numel = param.numel()
         if basis is not None:
             shape = check_projection(group.operation, param, basis, None, basis_scale, group.side, group.scale)

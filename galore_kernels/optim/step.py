@@ -20,7 +20,7 @@ from galore_kernels.ops import registry
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
 from galore_kernels.optim.counters import Counters
-from galore_kernels.optim.multi_tensor import Plan
+from galore_kernels.optim.multi_tensor import Gradients, Plan
 from galore_kernels.optim.options import check_lr, check_param, check_scheduled, matrix_shape
 from galore_kernels.optim.pending import Pending
 from galore_kernels.optim.refresh import (
@@ -34,10 +34,10 @@ from galore_kernels.optim.refresh import (
     take_over,
 )
 from galore_kernels.optim.scalars import LearningRates, Unscaling
-from galore_kernels.optim.skip_monitor import SkipMonitor
+from galore_kernels.optim.skip_monitor import SkipMonitor, Watched
 from galore_kernels.optim.state import Layout, adam_state
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import Factors, phases
+from galore_kernels.subspace import Factors, Gradient, phases
 
 _WRAPPERS = ("galore_kernels", "torch")
 
@@ -152,6 +152,8 @@ class SteppingOptimizer(Optimizer):
                 known = {id(update.param) for update, *_ in self._findings}
                 self._findings += factored.find(plan.factored, self.state, done | known)
             self._update(plan, grads, unscaling, done, finished, capture=capture)
+            if not capture:
+                self._look_at_skips(plan.watched)
         except BaseException:
             self._interrupted += [(p, p.grad, p.grad._version) for p in finished if p.grad is not None]
             if len(done.union(map(id, finished))) >= plan.count:
@@ -185,13 +187,20 @@ class SteppingOptimizer(Optimizer):
         if not self._everything:
             self._everything = {id(update.param): update for update in self._listed()}
         update = self._everything[id(gradient.carrier)]
+        if self._has_first_basis(update, factors):
+            gradient.use(self.state[update.param])
+
+    def _has_first_basis(self, update: Update, gradient: Gradient) -> bool:
+        """Whether there is one now: found in ``gradient`` if there was none. No step is taken."""
         state = self.state.get(update.param) or update.layout.new_state(update.param)
-        found = find_bases([update], [state], [factors])[0]
-        changed = changes(update, state, found, int(state["step"]), self._backend)
-        if changed:
+        if state["refreshes"] == 0:
+            found = find_bases([update], [state], [gradient])[0]
+            changed = changes(update, state, found, int(state["step"]), self._backend)
+            if not changed:
+                return False
             take_over(state, changed)
             self.state[update.param] = state
-            gradient.use(state)
+        return True
 
     def _adopt(self) -> None:
         """Makes this the optimizer of the prepared layers whose gradients it is given."""
@@ -234,19 +243,22 @@ class SteppingOptimizer(Optimizer):
             self._plan = plan
             return plan, grads, False
         updates = self._collect(unscaling)
-        backends = {update.param.device: self._select(update.param.device) for update in updates}
-        capture = multi_tensor.capturing(backends)
+        capture = multi_tensor.capturing({update.param.device for update in updates})
         self._counters.keep(multi_tensor.own_states(self.state))
-
-        def options(group: Mapping[str, Any], device: torch.device) -> ops.AdamOptions:
-            return self._options(group, device, unscaling, capture=capture)
-
-        plan = Plan(updates, self.state, backends, options, self._counters, capturing=capture)
+        plan = self._plan_of(updates, unscaling, capture=capture)
         # Of parameters that are left out until their ranks are chosen a plan would not hear again.
         if plan.groups and not capture and len(updates) == sum(grad is not None and grad.numel() > 0 for grad in grads):
             plan.rest_on(self._observe(grads), self.state)
             self._plan = plan
         return plan, grads, capture
+
+    def _plan_of(self, updates: list[Update], unscaling: Unscaling, *, capture: bool) -> Plan:
+        backends = {update.param.device: self._select(update.param.device) for update in updates}
+
+        def options(group: Mapping[str, Any], device: torch.device) -> ops.AdamOptions:
+            return self._options(group, device, unscaling, capture=capture)
+
+        return Plan(updates, self.state, backends, options, self._counters, capturing=capture)
 
     def _observe(self, grads: list[Tensor | None]) -> object:
         weights = [gradient.weight for gradient in self._prepared]
@@ -270,7 +282,8 @@ class SteppingOptimizer(Optimizer):
             Update(param, group, index, name, self._layout(param, group), factored=lowrank_gradient_of(param))
             for index, name, param, group in self._named_params()
         ]
-        projected = [update for update in updates if update.layout.rank is not None]
+        stored = {id(gradient.weight) for gradient in self._prepared}  # which others carry the gradients of
+        projected = [update for update in updates if update.layout.rank is not None and id(update.param) not in stored]
         phase = phases([update.weight.numel() for update in projected])
         placed = {update.index: replace(update, phase=own) for update, own in zip(projected, phase, strict=True)}
         return [placed.get(update.index, update) for update in updates]
@@ -302,11 +315,9 @@ class SteppingOptimizer(Optimizer):
     def _report_put_off(self, before: Mapping[int, int]) -> None:
         for index, count in self._put_off.items():
             if _worth_telling(before.get(index, 0), count):
-                warnings.warn(
+                warn_caller(
                     f"param group {index}: a gradient is NaN or infinite, so that no ranks can be chosen; the step of "
-                    f"its matrices was skipped ({count} so far)",
-                    NonFiniteGradientWarning,
-                    stacklevel=_frames_to_caller(),
+                    f"its matrices was skipped ({count} so far)"
                 )
 
     def _resume_interrupted(self, grads: list[Tensor | None]) -> set[int]:
@@ -329,14 +340,17 @@ class SteppingOptimizer(Optimizer):
     def _update(
         self,
         plan: Plan,
-        grads: list[Tensor | None],
+        grads: Gradients,
         unscaling: Unscaling,
         done: set[int],
         finished: list[Tensor],
         *,
         capture: bool,
     ) -> None:
-        """Updates what is not ``done``, and adds to ``finished`` what it has updated."""
+        """Updates what is not ``done``, and adds to ``finished`` what it has updated.
+
+        ``grads``: by the parameters' index.
+        """
         groups, counters = plan.groups, self._counters
         alone = plan.alone + [update for group in groups for update in group.due(counters, capturing=capture)]
         apart = done.union([id(update.param) for update in alone])
@@ -374,10 +388,6 @@ class SteppingOptimizer(Optimizer):
                 before, skips = self._apply(update, own_options, found.pop(id(update.param), None), finished)
                 # Last: a warning may be turned into an exception.
                 self._report_skip(update.name, before, skips)
-        if not capture:
-            for device, watched in plan.watched.items():
-                for name, before, skips in self._monitor.look(counters.calls, device, watched):
-                    self._report_skip(name, before, skips)
 
     def _options(
         self, group: Mapping[str, Any], device: torch.device, unscaling: Unscaling, *, capture: bool = False
@@ -393,20 +403,36 @@ class SteppingOptimizer(Optimizer):
             **unscaling.on(device),
         )
 
+    def _look_at_skips(self, watched: Mapping[torch.device, Watched]) -> None:
+        for device, own in watched.items():
+            for name, before, skips in self._monitor.look(self._counters.calls, device, own):
+                self._report_skip(name, before, skips)
+
     def _apply(
-        self, update: Update, options: ops.AdamOptions, found: Found | None, finished: list[Tensor]
+        self,
+        update: Update,
+        options: ops.AdamOptions,
+        found: Found | None,
+        finished: list[Tensor],
+        lowrank: Tensor | None = None,
     ) -> tuple[int, int]:
-        """Updates one parameter and adds it to ``finished``. ``found``: its subspaces, if they were searched already.
+        """Updates one parameter and adds it to ``finished``.
+
+        Args:
+            found: its subspaces, if they were searched already.
+            lowrank: its gradient in the subspace that it has, instead of the gradient.
 
         Returns how many of its steps had been skipped as far as is known, and are now.
         """
-        param, grad, group, layout, target = update.param, update.grad, update.group, update.layout, update.weight
+        param, group, layout, target = update.param, update.group, update.layout, update.weight
+        is_lowrank = lowrank is not None or update.factored is not None
+        grad = update.grad if lowrank is None else lowrank
         fresh = not self.state.get(param)
         state = layout.new_state(param) if fresh else self.state[param]
         step = before = int(state["step"])
         skipped = int(state["skipped"])
         options = replace(options, rounding_seed=update.rounding_seed(state))
-        due = is_due(update, state)
+        due = lowrank is None and is_due(update, state)
         later = due and is_asynchronous(update, state)
         changed: dict[str, Any] = {}
         weight, new, search = target, state, None
@@ -421,7 +447,7 @@ class SteppingOptimizer(Optimizer):
                 ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
             else:
                 weight = target.reshape(matrix_shape(target.shape))
-                operation = ops.galore_update if update.factored is None else ops.lowrank_update
+                operation = ops.lowrank_update if is_lowrank else ops.galore_update
                 operation(
                     weight,
                     grad.reshape(matrix_shape(grad.shape)),
@@ -432,6 +458,7 @@ class SteppingOptimizer(Optimizer):
                     scale=float(group["scale"]),
                     long_basis=new.get("long_basis"),
                     basis_scale=new.get("basis_scale"),
+                    weight_scale=update.weight_scale,
                     backend=self._backend,
                 )
             int(state["step"])  # here the host waits, and here Ctrl-C strikes
@@ -458,11 +485,9 @@ class SteppingOptimizer(Optimizer):
 
     def _report_skip(self, name: str, before: int, skipped: int) -> None:
         if _worth_telling(before, skipped):
-            warnings.warn(
+            warn_caller(
                 f"{name}: its gradient is NaN, infinite or beyond 1.8e19; its step was skipped, weight and state are "
-                f"unchanged ({skipped} skipped so far)",
-                NonFiniteGradientWarning,
-                stacklevel=_frames_to_caller(),
+                f"unchanged ({skipped} skipped so far)"
             )
 
 
@@ -471,9 +496,9 @@ def _worth_telling(before: int, now: int) -> bool:
     return now.bit_length() > before.bit_length()
 
 
-def _frames_to_caller() -> int:
-    """The ``stacklevel`` by which the caller names the nearest frame that is neither ours nor torch's."""
+def warn_caller(message: str) -> None:
+    """A ``NonFiniteGradientWarning`` that names the nearest frame that is neither ours nor torch's."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
         level, frame = level + 1, frame.f_back
-    return level
+    warnings.warn(message, NonFiniteGradientWarning, stacklevel=level + 1)

@@ -42,6 +42,11 @@ class Update:
         return self.param if self.factored is None else self.factored.weight
 
     @property
+    def weight_scale(self) -> Tensor | None:
+        """The scales of an int8 weight, else None."""
+        return None if self.factored is None else self.factored.weight_scale
+
+    @property
     def grad(self) -> Tensor:
         """The gradient. It is not held: a plan lives longer than the gradients of the step it was made for."""
         return cast(Tensor, self.param.grad)
@@ -69,7 +74,8 @@ class Update:
 
     def rounding_seed(self, state: Mapping[str, Any]) -> int | None:
         """Seed for stochastic rounding, or None for rounding to nearest."""
-        if not self.group["stochastic_rounding"] or self.weight.dtype != torch.bfloat16:
+        stochastic = self.group["stochastic_rounding"] and self.weight.dtype == torch.bfloat16
+        if not stochastic and self.weight.dtype != torch.int8:
             return None
         # The random bits of a seed depend on Adam's step counter, which "reset" sets back.
         reset = self.layout.rank is not None and self.group["moments_on_refresh"] == "reset"

@@ -16,6 +16,9 @@ GROUP_SIZE = 256
 
 LARGEST_CODE = 127
 
+# Elements that are dequantized at a time: on a CPU their float32 products take memory too.
+ELEMENTS_AT_ONCE = 2**22
+
 #: A scale is kept while the largest magnitude is from LEAST_CODE to LARGEST_CODE times it.
 LEAST_CODE = 64
 
@@ -57,8 +60,26 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(m, n) weight of codes (m, n) and scales (m, ceil(n / 256)): float32 products, rounded to ``dtype``."""
-    groups, columns = _in_groups(codes), codes.shape[1]
-    return (groups * scale[:, :, None]).to(dtype).flatten(1)[:, :columns].contiguous()
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // max(1, codes.shape[1]))
+    for part in range(0, codes.shape[0], rows_at_once):
+        rows = slice(part, part + rows_at_once)
+        _dequantize(codes[rows], scale[rows], weight[rows])
+    return weight
+
+
+def _dequantize(codes: Tensor, scale: Tensor, weight: Tensor) -> None:
+    groups = codes.shape[1] // GROUP_SIZE
+    whole = groups * GROUP_SIZE
+    if groups:
+        spread = scale[:, :groups, None].expand(-1, -1, GROUP_SIZE)
+        torch.mul(
+            codes[:, :whole].unflatten(1, (groups, GROUP_SIZE)),
+            spread,
+            out=weight[:, :whole].unflatten(1, (groups, GROUP_SIZE)),
+        )
+    if whole < codes.shape[1]:
+        torch.mul(codes[:, whole:], scale[:, groups:], out=weight[:, whole:])
 
 
 def requantize_weight(weight: Tensor, scale: Tensor, random16: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """When and how the basis of a projected gradient is computed: its side, and its refresh.
 
-Everything here is plain PyTorch, imports nothing else of this package, and runs wherever PyTorch runs.
+Everything here is plain PyTorch, and runs wherever PyTorch runs.
 """
 
 from galore_kernels.subspace.factors import Factors
 from galore_kernels.subspace.precision import full_precision
 from galore_kernels.subspace.products import Gradient, in_batches
+from galore_kernels.subspace.projection import project_rows
 from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ranks
 from galore_kernels.subspace.refresh import REFRESH_METHODS, find_subspace, find_subspaces, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
@@ -31,6 +32,7 @@ __all__ = [
     "full_precision",
     "in_batches",
     "phases",
+    "project_rows",
     "projection_side",
     "refresh_basis",
 ]
