@@ -22,7 +22,7 @@ from report import write_json
 from rich.console import Console
 from rich.table import Table
 
-from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, galore_param_groups, prepare
+from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, LayerwiseOptimizer, galore_param_groups, prepare
 from galore_kernels.plan import LlamaShape, Plan, plan
 from galore_kernels.plan.live import LiveBytes
 from galore_kernels.plan.shapes import MODELS
@@ -38,6 +38,8 @@ SHAPES = {
     "grouped": LlamaShape("grouped", 256, 688, 3, 4, 2, 512, tied=True, head_width=96),
 }
 RANKS = {"tiny": 64, "60m": 128, "130m": 256, "grouped": 32}
+
+LIGHT = {"gradients": "factored", "updates": "layerwise"}
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,14 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
                     yield Case(shape, optimizer, batch, sequence, {**options, "step": "ordinary"})
                 yield Case(shape, "galore8bit", batch, sequence, {**options, "step": "refresh"})
                 for step in ("ordinary", "refresh"):
-                    yield Case(shape, "galore8bit", batch, sequence, {**options, "gradients": "factored", "step": step})
+                    for mode in ({"gradients": "factored"}, {"updates": "layerwise"}, LIGHT):
+                        yield Case(shape, "galore8bit", batch, sequence, {**options, **mode, "step": step})
         # So few tokens that the update is the fullest moment: its workspace, and the refresh's, are seen.
         for weights in ("fp32", "bf16"):
             for optimizer in ("adamw", "galore8bit"):
                 yield Case(shape, optimizer, 1, 8, {"weights": weights, "step": "ordinary"})
-            for gradients in ("dense", "factored"):
-                options = {"weights": weights, "gradients": gradients, "step": "refresh"}
-                yield Case(shape, "galore8bit", 1, 8, options)
+            for mode in ({}, {"gradients": "factored"}, {"updates": "layerwise"}, LIGHT):
+                yield Case(shape, "galore8bit", 1, 8, {"weights": weights, **mode, "step": "refresh"})
         yield Case(shape, "galore8bit", 1, 8, {"weights": "bf16", "basis_format": "int8", "step": "refresh"})
     for optimizer in ("adamw8bit", "galore_torch", "galore_torch8bit"):
         yield Case("tiny", optimizer, 4, 128, {"weights": "bf16", "step": "ordinary"})
@@ -142,7 +144,8 @@ def build_optimizer(case: Case, model: torch.nn.Module, gap: int) -> torch.optim
     if case.optimizer in ("galore8bit", "galore"):
         cls = GaLoreFusedAdam8bit if case.optimizer == "galore8bit" else GaLoreFusedAdamW
         options = {"rank": RANKS[case.shape], "update_proj_gap": gap, "basis_format": case.options.get("basis_format")}
-        return cls(galore_param_groups(model, **options))
+        own = cls(galore_param_groups(model, **options))
+        return LayerwiseOptimizer(own) if case.options.get("updates") == "layerwise" else own
     from galore_kernels.pretrain import rivals
 
     if case.optimizer == "adamw8bit":

@@ -7,8 +7,8 @@ stream, (T, H).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -29,19 +29,30 @@ def gradient_bytes(settings: Settings, matrix: Matrix, *, projected: bool) -> in
     return matrix.numel * settings.dtype.itemsize
 
 
+class LayerwiseUpdates(Protocol):
+    """The update of one parameter within backward, in two parts."""
+
+    def refresh(self, matrix: Matrix) -> None:
+        """The search for its basis, if that is due."""
+
+    def update(self, matrix: Matrix, projected: bool) -> None:
+        """The update itself."""
+
+
 @dataclass
 class Backward:
     """Walks from the loss to the embedding.
 
     Attributes:
-        update: where updates are layerwise: called with a parameter (and whether it is projected) when its gradient is
-            alive under the name "gradient", to account for its update; else None.
-        keeping: layers, from the last, whose X and dY have to live to the end of the step: see ``Plan``.
+        updates: where they are layerwise, what accounts for one of a parameter whose gradient is alive under the name
+            "gradient"; else None.
+        keeping: with factored gradients: layers, from the last, whose bases are found from X and dY in this step. These
+            live until they are found, which is after backward unless updates are layerwise.
     """
 
     settings: Settings
     timeline: Timeline
-    update: Callable[[Matrix, bool], None] | None
+    updates: LayerwiseUpdates | None
     keeping: int = 0
 
     @property
@@ -59,7 +70,7 @@ class Backward:
         line.free("d logits", "output.input")
         if not shape.tied:
             self._weight_gradient_is_ready(head)
-        elif self.update is not None:
+        elif self.updates is not None:
             line.rename("gradient", "gradient of the head")
         line.moment = "backward pass, last norm"
         self._norm("output")
@@ -74,7 +85,7 @@ class Backward:
             with line.during("sum of both tables' gradients", "gradients", table):
                 pass
             line.free("gradient of the head")
-            if self.update is None:
+            if self.updates is None:
                 line.shrink("gradients", table)
         self._weight_gradient_is_ready(embedding)
 
@@ -117,7 +128,7 @@ class Backward:
             line.make(tensor.name, "activations", tensor.bytes)
         if settings.checkpointing == "layer" and settings.dtype == torch.float32:
             line.free("attention.x")  # it is the layer's input, which has been kept
-        if keeps:
+        if keeps and self.updates is None:
             outputs = ("residual", "up", "gate", "values", "keys", "queries")
             for name in {matrix.input for matrix in shape.linears()} | {f"d {output}" for output in outputs}:
                 line.keep(name, "kept for the refresh", "refresh workspace")
@@ -133,7 +144,7 @@ class Backward:
         self._norm("mlp")
 
         line.moment = f"{moment}, attention"
-        if keeps:
+        if keeps and self.updates is None:
             line.keep("d residual", "kept for the refresh", "refresh workspace")  # the one that o is given
         self._linear(o, "residual", "attention.output", wide)
         for name, elements in (("queries", wide), ("keys", narrow), ("values", narrow)):
@@ -155,7 +166,11 @@ class Backward:
         with line.during("dequantized weight", "activations", dequantized):
             self._weight_gradient(matrix, projected=True)
             self._gradient_of(f"{name}, part", elements)
+        if self.updates is not None and settings.gradients == "factored":
+            self.updates.refresh(matrix)
         line.free(*last_user_of, f"{matrix.name}.projected input")
+        if self.updates is not None and settings.gradients == "dense":
+            self.updates.refresh(matrix)
         self._weight_gradient_is_ready(matrix, projected=True)
         self._add(name, f"{name}, part", elements)
 
@@ -187,11 +202,11 @@ class Backward:
         self._add("residual", f"{name}.x, sum", self._stream)
 
     def _weight_gradient(self, matrix: Matrix, *, projected: bool = False) -> None:
-        kept = self.update is None and not (projected and self.settings.gradients == "factored")
+        kept = self.updates is None and not (projected and self.settings.gradients == "factored")
         size = gradient_bytes(self.settings, matrix, projected=projected)
         self.timeline.make("gradients" if kept else "gradient", "gradients", size)
 
     def _weight_gradient_is_ready(self, matrix: Matrix, *, projected: bool = False) -> None:
-        if self.update is not None:
-            self.update(matrix, projected)
+        if self.updates is not None:
+            self.updates.update(matrix, projected)
         self.timeline.free("gradient")

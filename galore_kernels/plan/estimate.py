@@ -128,11 +128,11 @@ class _Step:
             line.make("gradients", "gradients", settings.shape.layers * sum(every))
         keeping = self._layers_that_keep()
         self._forward(keeping)
-        Backward(settings, line, self._update_one if layerwise else None, keeping).run()
+        Backward(settings, line, self if layerwise else None, keeping).run()
         self._after_backward()
 
     def _layers_that_keep(self) -> int:
-        """Layers with a matrix whose basis is found at the end of the step from X and dY; all seven keep theirs."""
+        """Layers with a matrix whose basis is found in this step from X and dY; all seven keep theirs."""
         if self.settings.gradients == "dense" or self.memory.refresh is None:
             return 0
         each = len(self.settings.shape.linears())
@@ -160,18 +160,21 @@ class _Step:
         line.make("log-softmax", "logits", logits * torch.float32.itemsize)
         line.free("logits", "float logits")
 
-    def _update_one(self, matrix: Matrix, projected: bool) -> None:
-        """Within backward: its basis, if that needs no more than its gradient, and its update."""
-        line, param = self.line, Parameter(matrix, 1, projected)
-        before = line.moment
-        if projected and self.settings.gradients == "dense" and self.settings.step == "refresh":
-            line.moment = f"{before}, refresh of {matrix.name}"
-            self._refresh(matrix, 1)
-        line.moment = f"{before}, update of {matrix.name}"
-        with line.during("update", "update workspace", self.memory.update(self.settings, [param])):
-            line.moment = before
+    def refresh(self, matrix: Matrix) -> None:
+        """Within backward, of one matrix."""
+        if self.settings.step == "refresh":
+            before, self.line.moment = self.line.moment, f"{self.line.moment}, search for the basis of {matrix.name}"
+            self._search(matrix, 1)
+            self.line.moment = before
 
-    def _refresh(self, matrix: Matrix, count: int, *, found_before: bool = False) -> None:
+    def update(self, matrix: Matrix, projected: bool) -> None:
+        """Within backward, of one parameter."""
+        before, self.line.moment = self.line.moment, f"{self.line.moment}, update of {matrix.name}"
+        size = self.memory.update(self.settings, [Parameter(matrix, 1, projected)])
+        with self.line.during("update", "update workspace", size):
+            self.line.moment = before
+
+    def _search(self, matrix: Matrix, count: int, *, found_before: bool = False) -> None:
         """The search for the bases of matrices of one shape; their update follows, unless they have been counted."""
         if self.memory.refresh is not None and count > 0:
             search, found = self.memory.refresh(self.settings, matrix, count)
@@ -182,18 +185,18 @@ class _Step:
         settings, line = self.settings, self.line
         every = parameters(settings.shape)
         factored = settings.gradients == "factored"
-        if factored or settings.updates == "whole":
-            line.moment = "search for bases, after backward"
-            due = self._due()
-            if factored and self.memory.refresh is not None:  # all are found before the first update
-                found = sum(self.memory.refresh(settings, matrix, count)[1] for matrix, count in due)
-                line.make("bases found", "refresh workspace", found)
-            for matrix, count in due:
-                self._refresh(matrix, count, found_before=factored)
-        if settings.updates == "whole":
-            line.moment = "update, after backward"
-            with line.during("update", "update workspace", self.memory.update(settings, every)):
-                pass
+        if settings.updates == "layerwise":
+            return
+        line.moment = "search for bases, after backward"
+        due = self._due()
+        if factored and self.memory.refresh is not None:  # all are found before the first update
+            found = sum(self.memory.refresh(settings, matrix, count)[1] for matrix, count in due)
+            line.make("bases found", "refresh workspace", found)
+        for matrix, count in due:
+            self._search(matrix, count, found_before=factored)
+        line.moment = "update, after backward"
+        with line.during("update", "update workspace", self.memory.update(settings, every)):
+            pass
         line.free("kept for the refresh", "bases found")
 
     def _due(self) -> list[tuple[Matrix, int]]:

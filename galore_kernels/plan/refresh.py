@@ -39,9 +39,11 @@ def refresh_bytes(settings: Settings, matrix: Matrix, count: int) -> tuple[int, 
 def _from_factors(tokens: int, long: int, short: int, rank: int, columns: int | None, dtype: torch.dtype) -> int:
     """Where G is dY.T @ X: both in float32, (T, L) and (T, S), and products with one of them, (T, b)."""
     copies = tokens * (long + short) * _FLOAT
-    copying = copies + tokens * max(long, short) * _FLOAT if dtype != torch.float32 else copies
+    # Of 16 bits each side has a float32 list before they are put together, dY first.
+    copying = tokens * (long + max(long, 2 * short)) * _FLOAT if dtype != torch.float32 else copies
     if columns is not None:
-        return max(copying, copies + _krylov(long, short, rank, columns) + tokens * columns * _FLOAT)
+        multiplying = _krylov_blocks(long, short, columns) + tokens * columns * _FLOAT
+        return max(copying, copies + max(multiplying, _krylov(long, short, rank, columns)))
     if tokens >= min(long, short):  # G itself is made
         return max(copying, copies + long * short * _FLOAT + _exact(long, short, rank))
     triangles = (tokens * (long + short) + 2 * tokens**2) * _FLOAT  # of QR decompositions of both
@@ -51,11 +53,6 @@ def _from_factors(tokens: int, long: int, short: int, rank: int, columns: int | 
 def _krylov(long: int, short: int, rank: int, columns: int) -> int:
     """Bytes of a randomized search at the fullest of three moments."""
     space = 2 * columns
-    always = _FLOAT * (
-        space * short  # the products Q.T @ G of both blocks
-        + 2 * short * columns  # the right vectors that each block started from
-        + 2 * long * columns  # the left vectors of both blocks
-    )
     # The second block's left vectors are made orthonormal: their successor, and the factors of their Gram matrix.
     factoring = _FLOAT * long * columns + 6 * _DOUBLE * columns**2
     # The singular vectors are taken from all products in double, by the eigenvectors of their Gram matrix: these come
@@ -63,7 +60,12 @@ def _krylov(long: int, short: int, rank: int, columns: int) -> int:
     double = _DOUBLE * (space * short + space**2)
     ordering = double + _DOUBLE * space**2
     vectors = double + _FLOAT * rank * (short + max(space, short))
-    return always + max(factoring, ordering, vectors)
+    return _krylov_blocks(long, short, columns) + max(factoring, ordering, vectors)
+
+
+def _krylov_blocks(long: int, short: int, columns: int) -> int:
+    """Of two blocks: the products Q.T @ G, the right vectors they started from, the left vectors Q."""
+    return 2 * columns * (short + short + long) * _FLOAT
 
 
 def _exact(long: int, short: int, rank: int) -> int:
