@@ -2,8 +2,8 @@
 
 ``python bench/plan_check.py --out bench/results/plan_check.json``. Each row builds Transformers' ``LlamaForCausalLM``
 (sdpa attention, its own loss) on the CPU, takes steps under ``galore_kernels.plan.live.LiveBytes`` and compares the
-peak of one that refreshes bases, or of one that does not, with ``galore_kernels.plan``. Exit status 1 if a row is off by
-more than 5 %.
+peak of one that refreshes bases, or of one that does not, with ``galore_kernels.plan``. Exit status 1 if a row is off
+by more than 5 %.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from report import write_json
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +25,7 @@ from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, LayerwiseOptim
 from galore_kernels.plan import LlamaShape, Plan, plan
 from galore_kernels.plan.live import LiveBytes
 from galore_kernels.plan.shapes import MODELS
+from galore_kernels.pretrain.optimizers import package_versions
 
 #: How far a prediction may be off.
 TOLERANCE = 0.05
@@ -122,7 +122,7 @@ def build_model(case: Case) -> torch.nn.Module:
         tie_word_embeddings=shape.tied,
         max_position_embeddings=case.sequence,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # one of all models' options
     )
     torch.manual_seed(0)
     model: torch.nn.Module = LlamaForCausalLM(config)
@@ -130,7 +130,8 @@ def build_model(case: Case) -> torch.nn.Module:
         parameter.data = parameter.data.to(case.predicted().settings.dtype)
     model.train()
     if case.options.get("gradients") == "factored":
-        prepare(model, rank=RANKS[case.shape])
+        weights = "int8" if case.options["weights"] == "int8" else None
+        prepare(model, rank=RANKS[case.shape], weights=weights)
     if case.options.get("checkpointing") == "layer":
         settings = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
@@ -143,7 +144,7 @@ def build_optimizer(case: Case, model: torch.nn.Module, gap: int) -> torch.optim
         return torch.optim.AdamW(model.parameters())
     if case.optimizer in ("galore8bit", "galore"):
         cls = GaLoreFusedAdam8bit if case.optimizer == "galore8bit" else GaLoreFusedAdamW
-        options = {"rank": RANKS[case.shape], "update_proj_gap": gap, "basis_format": case.options.get("basis_format")}
+        options: dict[str, Any] = {"rank": RANKS[case.shape], "update_proj_gap": gap, "basis_format": case.options.get("basis_format")}
         own = cls(galore_param_groups(model, **options))
         return LayerwiseOptimizer(own) if case.options.get("updates") == "layerwise" else own
     from galore_kernels.pretrain import rivals
@@ -163,8 +164,8 @@ def build_optimizer(case: Case, model: torch.nn.Module, gap: int) -> torch.optim
         settings = {"no_deprecation_warning": True}
     else:
         rival, settings = rivals.patched_galore_torch_adamw8bit(), {}
-    optimizer = rival(groups, **settings)
-    return optimizer
+    found: torch.optim.Optimizer = rival(groups, **settings)
+    return found
 
 
 def measure(case: Case) -> Row:
@@ -238,8 +239,7 @@ def main(arguments: list[str]) -> int:
             }
             for row in rows
         ]
-        machine = {}
-        write_json(options.out, {"format": 1, "tolerance": TOLERANCE, "machine": machine, "rows": found})
+        write_json(options.out, {"format": 1, "tolerance": TOLERANCE, "versions": package_versions(), "rows": found})
         console.print(f"wrote {options.out}")
     return 0 if worst <= TOLERANCE else 1
 

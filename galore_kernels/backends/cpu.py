@@ -176,13 +176,9 @@ def _rank(basis: Tensor, basis_scale: Tensor | None) -> int:
     return basis.shape[1] if basis_scale is None else basis_scale.shape[0]
 
 
-def workspace_bytes(rows: int, cols: int, rank: int, side: str, threads: int) -> int:
-    """Of an update's scratch memory beside R, in bytes."""
-    return _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads)
-
-
 def _workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
-    return torch.empty(workspace_bytes(rows, cols, rank, side, threads), dtype=torch.uint8)
+    size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads)
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _representable(lowrank: Tensor, threads: int) -> bool:
@@ -254,6 +250,11 @@ def rotate_moments(
         workspace=_address(workspace),
         threads=threads,
     )
+
+
+def workspace_bytes(rows: int, cols: int, rank: int, side: str, threads: int) -> int:
+    """Of an update's scratch memory beside R."""
+    return _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads)
 
 
 def _refuses(device: torch.device) -> str | None:

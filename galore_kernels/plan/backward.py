@@ -181,6 +181,9 @@ class Backward:
         with line.during("d weight, by token", "activations", self._stream * self.settings.dtype.itemsize):
             pass
         line.free(f"d {name}.input", f"{name}.normed")
+        weight = Matrix("norm", self.settings.shape.hidden, 1)
+        self._weight_gradient(weight)
+        self._weight_gradient_is_ready(weight)
         if narrow:
             line.make(f"d {name}.normed, float", "activations", wide)
             line.free(f"d {name}.normed")

@@ -72,12 +72,12 @@ class LiveBytes(TorchDispatchMode):
             kinds[tensor] += 1
         rows = sorted(kinds.items(), key=lambda item: -item[0].bytes * item[1])[:lines]
         return "\n".join(
-            f"{kind.bytes * count:>14,} {count:>4} x {kind.shape!s:<22} {kind.dtype!s:<15} {kind.made_by} ({kind.phase})"
+            f"{kind.bytes * count:>14,} {count:>4} x {kind.shape!s:<20} {kind.dtype!s:<14} {kind.made_by} ({kind.phase})"
             for kind, count in rows
         )
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the operation and counts what it made."""
         if getattr(func, "namespace", "").startswith(NAMESPACE):

@@ -1,7 +1,7 @@
 """Memory of optimizers: state by moments and bases, and what their update and refresh take beside it.
 
-Ours is counted by the optimizer itself on the meta device. Of the rivals the formulas are what their published code does
-with tensors (torch 2.13, bitsandbytes 0.50, galore-torch 1.0), or, where it says so, what their papers state.
+Ours is counted by the optimizer itself on the meta device. Of the rivals the formulas are what their published code
+does with tensors (torch 2.13, bitsandbytes 0.50, galore-torch 1.0), or, where it says so, what their papers state.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Memory:
         refresh: the same while the bases of so many matrices of one shape are found, and of the bases found until they
             are in the state; None if there are none.
         modes: values of ``weights`` and ``gradients`` it can be combined with.
+        projects: whether a rank counts.
         rank: of all projections, where it is not to be chosen.
     """
 
@@ -64,6 +65,7 @@ class Memory:
     update: Callable[[Settings, Sequence[Parameter]], int]
     refresh: Callable[[Settings, Matrix, int], tuple[int, int]] | None = None
     modes: tuple[str, ...] = ("fp32", "bf16", "dense")
+    projects: bool = True
     rank: int | None = None
 
 
@@ -85,7 +87,11 @@ def _our_state(
     def tensors(projected: bool) -> list[torch.Tensor]:
         chosen = [(p.matrix, p.count) for p in every if p.projected is projected]
         sizes = [((m.rows, m.cols) if m.cols > 1 else (m.rows,), count) for m, count in chosen]
-        return [torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size, count in sizes for _ in range(count)]
+        return [
+            torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
+            for size, count in sizes
+            for _ in range(count)
+        ]
 
     group = {"params": tensors(True), "rank": rank, "proj_type": proj_type, "basis_format": basis_format}
     optimizer = getattr(galore_kernels, class_name)([group, {"params": tensors(False)}])
@@ -135,7 +141,7 @@ def _adamw_state(settings: Settings) -> tuple[int, int]:
 
 
 def _adamw_update(settings: Settings, params: Sequence[Parameter]) -> int:
-    """On a GPU (foreach) the roots of all second moments; on a CPU a tensor's root, that divided, and the one before."""
+    """On a GPU (foreach) the roots of all second moments; on a CPU a tensor's, that divided, and the one before."""
     if settings.device == "cuda":
         elements = sum(param.matrix.numel * param.count for param in params)
     else:  # the linear layers' largest follow one another
@@ -251,11 +257,14 @@ def _galore_torch_refresh(settings: Settings, matrix: Matrix, count: int) -> tup
 OPTIMIZERS: dict[str, Memory] = {
     "galore8bit": _ours("GaLoreFusedAdam8bit"),
     "galore": _ours("GaLoreFusedAdamW"),
-    "adamw": Memory("torch AdamW", _adamw_state, _adamw_update),
-    "adamw_fused": Memory("torch AdamW, fused", _adamw_state, _nothing),
-    "adamw8bit": Memory("bitsandbytes AdamW8bit", _bitsandbytes_state, _nothing),
+    "adamw": Memory("torch AdamW", _adamw_state, _adamw_update, projects=False),
+    "adamw_fused": Memory("torch AdamW, fused", _adamw_state, _nothing, projects=False),
+    "adamw8bit": Memory("bitsandbytes AdamW8bit", _bitsandbytes_state, _nothing, projects=False),
     "galore_torch": Memory(
-        "galore_torch AdamW", _low_rank_state(_two_own, _galore_torch_basis), _galore_torch_update, _galore_torch_refresh
+        "galore_torch AdamW",
+        _low_rank_state(_two_own, _galore_torch_basis),
+        _galore_torch_update,
+        _galore_torch_refresh,
     ),
     "galore_torch8bit": Memory(
         "galore_torch AdamW8bit", _low_rank_state(_two_8bit, _galore_torch_basis), _galore_torch8bit_update, _full_svd

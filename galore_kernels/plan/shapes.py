@@ -159,5 +159,3 @@ def from_config(path: Path) -> LlamaShape:
     return LlamaShape(
         name, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, config.get("head_dim") or 0
     )
-
-
