@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from floor import orient
+from floor import Work, orient
 from gpu_chain import Chain
 from gpu_plan import Plan
 from harness import Call, Entry, Implementation, UnavailableError
@@ -18,6 +20,7 @@ from galore_kernels.backends.cuda import CudaStages
 from galore_kernels.backends.pipeline import Batch, Pipeline
 from galore_kernels.ops import registry
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
+from galore_kernels.quantizers import quantize_weight, weight_scale_shape
 
 LOW_RANK, FULL_RANK = ("galore_update",), ("adam8bit_update",)
 UNFUSED = "unfused chain, torch.compile"
@@ -28,6 +31,11 @@ ONE_PASS, FOUR_LAUNCHES = "ours: cuda, one pass", "ours: cuda, four launches"
 def grouped_name(backend: str) -> str:
     """Of the entry that updates by groups."""
     return f"ours: {backend}"
+
+
+def int8_name(backend: str) -> str:
+    """Of the entry that updates int8 weights by groups."""
+    return f"ours: {backend}, int8 weights"
 
 
 def single_name(backend: str, graph: bool) -> str:
@@ -46,20 +54,25 @@ def _options(problem: Problem) -> ops.AdamOptions:
     return ops.AdamOptions(torch.tensor(LR, device=problem.device))
 
 
-def _groups(problem: Problem, weights: list[Tensor]) -> list[tuple[UpdateGroup, list[Tensor]]]:
-    """The matrices by shape, each group with its gradients."""
+def _groups(problem: Problem, weights: list[Tensor], *, int8: bool) -> list[tuple[UpdateGroup, list[Tensor]]]:
+    """The matrices by shape, each group with its gradients. ``int8``: copies of the weights, quantized."""
     found = []
     for shape in dict.fromkeys(problem.case.shapes):
         which = [i for i, other in enumerate(problem.case.shapes) if other == shape]
         long, _, side = orient(shape)
         moments = shape if problem.rank is None else (long, problem.rank)
+        params, scales = tuple(weights[i] for i in which), tuple[Tensor, ...]()
+        if int8:
+            params, scales = zip(*map(quantize_weight, params), strict=True)
         group = UpdateGroup(
             problem.operation,
-            tuple(weights[i] for i in which),
+            params,
             tuple(ops.AdamState.zeros(moments, eight_bit=True, device=problem.device) for _ in which),
             () if problem.rank is None else tuple(problem.bases[i] for i in which),
             side,
             SCALE if problem.rank is not None else 1.0,
+            rounding_seeds=tuple(which) if int8 else None,
+            weight_scales=scales,
         )
         found.append((group, [problem.grads[i] for i in which]))
     return found
@@ -69,37 +82,51 @@ def _one_by_one(backend: registry.Backend, group: UpdateGroup) -> GroupUpdate:
     """A group's update by a backend that takes tensors singly."""
     kernel = backend.kernels[group.operation]
 
-    def update(grads: object, options: ops.AdamOptions) -> None:
-        bases = group.bases or (None,) * len(group.params)
-        for param, grad, basis, state in zip(group.params, grads, bases, group.states, strict=True):  # type: ignore[call-overload]
-            if basis is None:
+    def update(grads: Sequence[Tensor], options: ops.AdamOptions) -> None:
+        for i, (param, grad, state) in enumerate(zip(group.params, grads, group.states, strict=True)):
+            if not group.bases:
                 kernel(param, grad, state, options)
-            else:
-                kernel(param, grad, basis, None, None, state, options, group.side, group.scale)
+                continue
+            seed = None if group.rounding_seeds is None else group.rounding_seeds[i]
+            scale = group.weight_scales[i] if group.weight_scales else None
+            own = replace(options, rounding_seed=seed)
+            kernel(param, grad, group.bases[i], None, None, state, own, group.side, group.scale, scale)
 
     return update
 
 
-def _all_groups(problem: Problem, make: Callable[[UpdateGroup], GroupUpdate], notes: str) -> Implementation:
+def _all_groups(
+    problem: Problem, make: Callable[[UpdateGroup], GroupUpdate], notes: str, *, int8: bool = False
+) -> Implementation:
     weights, options = problem.weights(), _options(problem)
-    updates = [(make(group), grads) for group, grads in _groups(problem, weights)]
+    updates = [(make(group), grads) for group, grads in _groups(problem, weights, int8=int8)]
 
     def call() -> None:
         for update, grads in updates:
             update(grads, options)
 
-    return Implementation(call, work_of(problem, "8bit"), weights, notes=notes)
+    work = work_of(problem, "8bit")
+    if not int8:
+        return Implementation(call, work, weights, notes=notes)
+    saved = sum(rows * cols * (problem.case.dtype.itemsize - 1) for rows, cols in problem.case.shapes)
+    saved -= sum(torch.float32.itemsize * math.prod(weight_scale_shape(shape)) for shape in problem.case.shapes)
+    work = Work(work.bytes_read - saved, work.bytes_written - saved, work.operations)
+    # Codes are not the weights whose movement is checked; "correctness" compares them with the reference's.
+    return Implementation(call, work, None, notes=notes)
 
 
-def grouped(name: str) -> Entry:
-    """Our backend, all matrices of a shape at a time."""
+def grouped(name: str, *, int8: bool = False) -> Entry:
+    """Our backend, all matrices of a shape at a time. ``int8``: on int8 weights instead."""
 
     def build(problem: Problem) -> Implementation:
         backend = _selected(name, problem)
         if backend.group is None:
-            return _all_groups(problem, lambda group: _one_by_one(backend, group), "one at a time: it has no groups")
-        return _all_groups(problem, backend.group, "all matrices of a shape together")
+            notes = "one at a time: it has no groups"
+            return _all_groups(problem, lambda group: _one_by_one(backend, group), notes, int8=int8)
+        return _all_groups(problem, backend.group, "all matrices of a shape together", int8=int8)
 
+    if int8:
+        return Entry(int8_name(name), "ours", LOW_RANK, build)
     return Entry(grouped_name(name), "ours", LOW_RANK + FULL_RANK, build)
 
 

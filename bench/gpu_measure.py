@@ -244,11 +244,20 @@ def _full_rank(session: Session) -> dict[str, Any]:
     return measured(session, case, entries + _named(rivals.entries(), RIVALS[:2]))
 
 
-def _one_pass(session: Session) -> dict[str, Any]:
-    plan = session.plan
+def _square(plan: Plan) -> Case:
     shapes = (plan.scaled(LAYER[0]),) * 4 * LAYERS
-    case = Case("galore_update", "128 of 4096x4096", shapes, plan.ranks[0], torch.bfloat16)
-    return measured(session, case, gpu_entries.one_pass_and_four_launches())
+    return Case("galore_update", "128 of 4096x4096", shapes, plan.ranks[0], torch.bfloat16)
+
+
+def _one_pass(session: Session) -> dict[str, Any]:
+    return measured(session, _square(session.plan), gpu_entries.one_pass_and_four_launches())
+
+
+def _int8_weights(session: Session) -> dict[str, Any]:
+    """Beside bfloat16 weights, whose roofline the row has."""
+    plan = session.plan
+    entries = [gpu_entries.grouped(plan.ours[0]), *(gpu_entries.grouped(name, int8=True) for name in plan.ours)]
+    return measured(session, _square(plan), entries)
 
 
 def _correctness(session: Session) -> dict[str, Any]:
@@ -280,6 +289,7 @@ def units(plan: Plan) -> dict[str, Callable[[Session], dict[str, Any]]]:
         **{f"step r={rank}": _step(rank, everyone=False) for rank in others},
         "full rank": _full_rank,
         "one pass": _one_pass,
+        "int8 weights": _int8_weights,
         **{f"chain r={rank}": _chain(rank) for rank in others},
     }
 

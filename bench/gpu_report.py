@@ -89,7 +89,9 @@ def _show_correctness(console: Console, cases: list[Found]) -> None:
         rows, cols = case["shape"]
         table.add_row(
             case["backend"],
-            f"{rows} x {cols} r={case['rank']}" + (f" {case['basis']}" if case.get("basis") else ""),
+            f"{rows} x {cols} r={case['rank']}"
+            + (f" {case['basis']}" if case.get("basis") else "")
+            + (", int8 weight" if case.get("int8_weight") else ""),
             f"{case['codes_equal']:.5%}",
             str(case["codes_apart"]),
             f"{case['weights_beyond_two_ulps'] / case['weights_compared']:.1e}",

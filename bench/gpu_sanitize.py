@@ -20,7 +20,7 @@ from torch import Tensor
 from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.ops.group import UpdateGroup
-from galore_kernels.quantizers import BASIS_FORMATS, quantize_basis
+from galore_kernels.quantizers import BASIS_FORMATS, quantize_basis, quantize_weight
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 
@@ -85,6 +85,27 @@ class Runner:
         where = {"side": side, "scale": 0.25, "basis_scale": scale, "backend": self.backend}
         ops.galore_update(param, grad, codes, state, self.options, **where)  # type: ignore[arg-type]
 
+    def int8_matrix(self, long: int, short: int, rank: int, side: str, basis_format: str | None) -> None:
+        """galore_update of an int8 weight."""
+        shape = (long, short) if side == "right" else (short, long)
+        codes, weight_scale = (x.to(self.device) for x in quantize_weight(torch.randn(shape)))
+        if basis_format is None:
+            basis, basis_scale = self.normal((short, rank), torch.bfloat16), None
+        else:
+            basis, basis_scale = self.codes(short, rank, basis_format)
+        ops.galore_update(
+            codes,
+            self.normal(shape, torch.bfloat16),
+            basis,
+            self.state((long, rank), eight_bit=True),
+            self.seeded(torch.bfloat16),
+            side=side,
+            scale=0.25,
+            basis_scale=basis_scale,
+            weight_scale=weight_scale,
+            backend=self.backend,
+        )
+
     def rotated(self, long: int, rank: int, new_rank: int, *, eight_bit: bool) -> None:
         """rotate_moments."""
         state, rotation = self.state((long, rank), eight_bit=eight_bit), self.normal((rank, new_rank), torch.float32)
@@ -137,6 +158,9 @@ def run(runner: Runner) -> Iterator[str]:
     for (long, short, rank), side, basis_format in itertools.product(SINGLE, ("right", "left"), BASIS_FORMATS):
         runner.quantized_matrix(long, short, rank, side, basis_format)
         yield f"galore_update {long} x {short} r={rank} {side} {basis_format} basis"
+    for (long, short, rank), side, basis in itertools.product(SINGLE, ("right", "left"), (None, *BASIS_FORMATS)):
+        runner.int8_matrix(long, short, rank, side, basis)
+        yield f"galore_update {long} x {short} r={rank} {side} {basis or torch.bfloat16} basis, int8 weight"
     for (long, short, rank), eight_bit in itertools.product(SINGLE, (True, False)):
         runner.rotated(long, rank, short, eight_bit=eight_bit)
         yield f"rotate_moments {long} x {rank} to r={short}"

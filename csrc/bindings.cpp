@@ -57,6 +57,11 @@ gk::DType dtype_of(const char* name, int code) {
     return static_cast<gk::DType>(code);
 }
 
+gk::DType projected_dtype_of(int code) {
+    if (code < 0 || code > 3) refuse("param_dtype", code, "0 (float32), 1 (bfloat16), 2 (float16) or 3 (int8)");
+    return static_cast<gk::DType>(code);
+}
+
 gk::DType basis_dtype_of(int code, Address basis_scale) {
     if (code < 0 || code > 4) {
         refuse("basis_dtype", code, "0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (int4)");
@@ -88,6 +93,10 @@ gk::AdamScalars scalars_of(double lr, double beta1, double beta2, double eps, do
 }
 
 // Stochastic rounding draws its bits from the seed and the number of the step being taken.
+WeightRounding rounding_of(Seed seed, index_t step) {
+    return WeightRounding{seed.has_value(), seed.value_or(0), static_cast<std::uint64_t>(step) + 1};
+}
+
 Weight weight_of(Address data, int dtype_code, Seed rounding_seed, index_t step) {
     const gk::DType dtype = dtype_of("param_dtype", dtype_code);
     if (rounding_seed && dtype != gk::DType::bfloat16) {
@@ -95,9 +104,22 @@ Weight weight_of(Address data, int dtype_code, Seed rounding_seed, index_t step)
             "rounding_seed: stochastic rounding is for bfloat16 parameters (param_dtype=1), got param_dtype=" +
             std::to_string(dtype_code) + "; pass None");
     }
-    return Weight{
-        pointer<void>(data), dtype,
-        WeightRounding{rounding_seed.has_value(), rounding_seed.value_or(0), static_cast<std::uint64_t>(step) + 1}};
+    return Weight{pointer<void>(data), dtype, rounding_of(rounding_seed, step), nullptr};
+}
+
+// The same of a projected weight, which may be int8 codes.
+Weight projected_weight_of(Address data, int dtype_code, Address scale, Seed rounding_seed, index_t step) {
+    const gk::DType dtype = projected_dtype_of(dtype_code);
+    if ((dtype == gk::DType::int8) != (scale != 0)) {
+        throw std::invalid_argument("weight_scale: expected an address with int8 codes and 0 without, got " +
+                                    std::string(scale != 0 ? "one" : "0") +
+                                    " with param_dtype=" + std::to_string(dtype_code));
+    }
+    if (dtype != gk::DType::int8) return weight_of(data, dtype_code, rounding_seed, step);
+    if (!rounding_seed) {
+        throw std::invalid_argument("rounding_seed=None: expected a seed with int8 parameters (param_dtype=3)");
+    }
+    return Weight{pointer<void>(data), dtype, rounding_of(rounding_seed, step), pointer<float>(scale)};
 }
 
 Projection projection_of(index_t rows, index_t cols, int side, Address basis, int basis_dtype, Address basis_scale,
@@ -194,12 +216,13 @@ void lowrank_adam(Address lowrank_inout, index_t n, Address m, Address v, Addres
                                     count);
 }
 
-void back_project_update(Address param, int param_dtype, index_t rows, index_t cols, int side, Address update,
-                         Address basis, int basis_dtype, Address basis_scale, index_t rank, double scale, double lr,
-                         double beta1, double beta2, double eps, double weight_decay, index_t step,
-                         double inv_grad_scale, bool maximize, Seed rounding_seed, Address workspace, index_t threads) {
+void back_project_update(Address param, int param_dtype, Address weight_scale, index_t rows, index_t cols, int side,
+                         Address update, Address basis, int basis_dtype, Address basis_scale, index_t rank,
+                         double scale, double lr, double beta1, double beta2, double eps, double weight_decay,
+                         index_t step, double inv_grad_scale, bool maximize, Seed rounding_seed, Address workspace,
+                         index_t threads) {
     const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
-    const Weight weight = weight_of(param, param_dtype, rounding_seed, step);
+    const Weight weight = projected_weight_of(param, param_dtype, weight_scale, rounding_seed, step);
     const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, basis_scale, rank);
     const int count = thread_count(threads);
     const py::gil_scoped_release unlocked;
@@ -207,9 +230,10 @@ void back_project_update(Address param, int param_dtype, index_t rows, index_t c
                                            gk::adam_coefficients(scalars, scale), pointer<void>(workspace), count);
 }
 
-index_t workspace_bytes(index_t rows, index_t cols, index_t rank, int side, index_t threads) {
+index_t workspace_bytes(index_t rows, index_t cols, index_t rank, int side, int param_dtype, index_t threads) {
     const Projection p = projection_of(rows, cols, side, 0, 0, 0, rank);
-    return selected_kernels().workspace_bytes(p.short_size(), p.rank, thread_count(threads));
+    return selected_kernels().workspace_bytes(p.short_size(), p.rank, projected_dtype_of(param_dtype),
+                                              thread_count(threads));
 }
 
 void rotate_moments(index_t rows, Address rotation, index_t rank, index_t new_rank, Address m, Address v,
@@ -256,8 +280,8 @@ PYBIND11_MODULE(_native, module) {
     module.doc() =
         "Torch-free kernels. Buffers are addresses of contiguous row-major memory; dtype codes: 0 float32, 1 "
         "bfloat16,\n"
-        "2 float16, and for a basis 3 int8 or 4 int4, with basis_scale; side: 0 right, 1 left. Results do not depend\n"
-        "on `threads`.";
+        "2 float16; for a projected weight 3 int8, with weight_scale; for a basis 3 int8 or 4 int4, with basis_scale;\n"
+        "side: 0 right, 1 left. Results do not depend on `threads`.";
     selected_kernels();  // an unusable GALORE_KERNELS_ISA is reported by the import, not by the first step
 
     module.def("quantize_blockwise", quantize_blockwise, "x"_a, "dtype"_a, "n"_a, "signed"_a, "codes"_a, "absmax"_a,
@@ -279,12 +303,12 @@ PYBIND11_MODULE(_native, module) {
     module.def("lowrank_adam", lowrank_adam, "lowrank_inout"_a, "n"_a, "m"_a, "v"_a, "m_absmax"_a, "v_absmax"_a, "lr"_a,
                "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "threads"_a,
                "Updates the moments with R, which project() has scaled, and turns R into the direction U in place.");
-    module.def("back_project_update", back_project_update, "param"_a, "param_dtype"_a, "rows"_a, "cols"_a, "side"_a,
-               "update"_a, "basis"_a, "basis_dtype"_a, "basis_scale"_a, "rank"_a, "scale"_a, "lr"_a, "beta1"_a,
-               "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a,
-               "workspace"_a, "threads"_a,
+    module.def("back_project_update", back_project_update, "param"_a, "param_dtype"_a, "weight_scale"_a, "rows"_a,
+               "cols"_a, "side"_a, "update"_a, "basis"_a, "basis_dtype"_a, "basis_scale"_a, "rank"_a, "scale"_a, "lr"_a,
+               "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a,
+               "rounding_seed"_a, "workspace"_a, "threads"_a,
                "W <- (W - step_size * scale * X) * (1 - lr * weight_decay), X = U @ P.T (right) or P @ U.T (left).");
-    module.def("workspace_bytes", workspace_bytes, "rows"_a, "cols"_a, "rank"_a, "side"_a, "threads"_a,
+    module.def("workspace_bytes", workspace_bytes, "rows"_a, "cols"_a, "rank"_a, "side"_a, "param_dtype"_a, "threads"_a,
                "Bytes of scratch memory that project() and back_project_update() need; of any alignment to 4.");
     module.def("rotate_moments", rotate_moments, "rows"_a, "rotation"_a, "rank"_a, "new_rank"_a, "m"_a, "v"_a,
                "m_absmax"_a, "v_absmax"_a, "new_m"_a, "new_v"_a, "new_m_absmax"_a, "new_v_absmax"_a, "beta1"_a,

@@ -6,7 +6,7 @@
 
 from galore_kernels import backends, checkpoint, ops
 from galore_kernels._native import build_info as _build_info
-from galore_kernels.nn import plain_state_dict, prepare, unprepare
+from galore_kernels.nn import plain_state_dict, prepare, save_safetensors, unprepare
 from galore_kernels.ops import backend_info
 from galore_kernels.optim import (
     GaLoreFusedAdam8bit,
@@ -31,5 +31,6 @@ __all__ = [
     "ops",
     "plain_state_dict",
     "prepare",
+    "save_safetensors",
     "unprepare",
 ]

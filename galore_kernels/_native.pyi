@@ -1,7 +1,7 @@
 """Types of the compiled module (csrc/bindings.cpp). Buffers are addresses of contiguous row-major memory.
 
-dtype codes: 0 float32, 1 bfloat16, 2 float16, and for a basis 3 int8 or 4 int4, with basis_scale (else 0). side: 0
-right, 1 left. An absmax address of 0 means fp32 moments.
+dtype codes: 0 float32, 1 bfloat16, 2 float16; for a projected weight 3 int8, with weight_scale (else 0); for a basis
+3 int8 or 4 int4, with basis_scale (else 0). side: 0 right, 1 left. An absmax address of 0 means fp32 moments.
 """
 
 from collections.abc import Sequence
@@ -70,6 +70,7 @@ def lowrank_adam(
 def back_project_update(
     param: int,
     param_dtype: int,
+    weight_scale: int,
     rows: int,
     cols: int,
     side: int,
@@ -91,7 +92,7 @@ def back_project_update(
     workspace: int,
     threads: int,
 ) -> None: ...
-def workspace_bytes(rows: int, cols: int, rank: int, side: int, threads: int) -> int: ...
+def workspace_bytes(rows: int, cols: int, rank: int, side: int, param_dtype: int, threads: int) -> int: ...
 def rotate_moments(
     rows: int,
     rotation: int,

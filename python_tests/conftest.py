@@ -26,6 +26,7 @@ OPERATIONS = {
     "test_adam8bit_update",
     "test_galore_update",
     "test_galore_update_quantized",
+    "test_int8_weight",
     "test_ops_library",
     "test_quantize_blockwise",
     "test_rotate_moments",

@@ -13,6 +13,7 @@ from torch import Tensor
 from galore_kernels import _native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARAM_CODES = {**DTYPE_CODES, torch.int8: 3}
 SIDE_CODES = {"right": 0, "left": 1}
 BLOCK = 256
 
@@ -120,9 +121,9 @@ GUARD_FLOATS = 1 << 18
 GUARD = 12345.0
 
 
-def workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
-    """Scratch memory of the two products."""
-    return guarded(_native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads))
+def workspace(rows: int, cols: int, rank: int, side: str, dtype: torch.dtype, threads: int) -> Tensor:
+    """Scratch memory of the two products; ``dtype``: of the weight."""
+    return guarded(_native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], PARAM_CODES[dtype], threads))
 
 
 def guarded(size: int) -> Tensor:
@@ -144,7 +145,7 @@ def project(
     rank = basis.shape[1]
     long_size = rows if side == "right" else cols
     lowrank = torch.full((long_size, rank), torch.nan)
-    scratch = workspace(rows, cols, rank, side, threads)
+    scratch = workspace(rows, cols, rank, side, torch.float32, threads)
     representable = _native.project(
         grad.data_ptr(),
         DTYPE_CODES[grad.dtype],
@@ -173,14 +174,16 @@ def back_project_update(
     *,
     scale: float = 0.25,
     rounding_seed: int | None = None,
+    weight_scale: Tensor | None = None,
     threads: int = 1,
 ) -> None:
     rows, cols = param.shape
     rank = basis.shape[1]
-    scratch = workspace(rows, cols, rank, side, threads)
+    scratch = workspace(rows, cols, rank, side, param.dtype, threads)
     _native.back_project_update(
         param.data_ptr(),
-        DTYPE_CODES[param.dtype],
+        PARAM_CODES[param.dtype],
+        0 if weight_scale is None else weight_scale.data_ptr(),
         rows,
         cols,
         SIDE_CODES[side],

@@ -92,6 +92,20 @@ def basis_codes(codes: Array, rank: int) -> Array:
     return np.where(halves >= 8, halves - 16, halves)[:, :rank]
 
 
+def requantize_weight(weight: Array, scale: Array, bits16: Array) -> tuple[Array, Array]:
+    """Codes and scales of an int8 weight (m, n) whose scales (m, groups) were ``scale``; ``bits16`` (m, n) round it."""
+    codes, new = np.empty_like(weight), np.empty_like(scale)
+    for group in range(scale.shape[1]):
+        part = slice(group * BLOCK, (group + 1) * BLOCK)
+        largest, old = np.abs(weight[:, part]).max(axis=1), scale[:, group]
+        new[:, group] = np.where((64 * old <= largest) & (largest <= 127 * old), old, largest / 112)
+        spread = new[:, group, None]
+        x = np.divide(weight[:, part], spread, out=np.zeros_like(weight[:, part]), where=spread > 0)
+        up = bits16[:, part] < (x - np.floor(x)) * 65536
+        codes[:, part] = np.clip(np.floor(x) + up, -127, 127)
+    return codes, new
+
+
 def turn(x: Array, matrix: Array, long_matrix: Array | None) -> Array:
     """x (L, r) with each row, and with ``long_matrix`` each column too, in the coordinates that the matrices give."""
     turned = np.einsum("li,ij->lj", x, matrix)

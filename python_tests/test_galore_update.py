@@ -86,8 +86,13 @@ class Problem:
         )
         return param, state
 
-    def exact(self, *, rounded_direction: bool = True) -> tolerances.GaloreStep:
-        """The oracle's answer and the bounds of float32's errors."""
+    def exact(
+        self, *, rounded_direction: bool = True, factor_dtype: torch.dtype | None = None
+    ) -> tolerances.GaloreStep:
+        """The oracle's answer and the bounds of float32's errors.
+
+        ``factor_dtype``: what the direction is rounded to, unless it is the basis' dtype, or the weight's for codes.
+        """
         quantized = self.basis_scale is not None
         return tolerances.galore_step(
             f64(self.param),
@@ -99,7 +104,7 @@ class Problem:
             side=self.side,
             scale=self.scale,
             weight_dtype=self.param.dtype,
-            factor_dtype=self.param.dtype if quantized else self.basis.dtype,
+            factor_dtype=factor_dtype or (self.param.dtype if quantized else self.basis.dtype),
             rounds_direction=rounded_direction,
             basis_scale=None if self.basis_scale is None else f64(self.basis_scale),
         )

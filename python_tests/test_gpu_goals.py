@@ -152,11 +152,36 @@ def test_our_groups_are_right_steps_on_the_cuda_kernels() -> None:
             assert (result.status, result.reason, result.notes) == ("ok", "", "all matrices of a shape together")
 
 
+def test_groups_of_int8_weights_run_and_move_less() -> None:
+    problem = SharedProblem(Case("galore_update", "groups", ((256, 64),) * 2 + ((64, 256),), 8, torch.bfloat16), CPU)
+    with serving("cuda") as name:
+        plain, int8 = run(
+            problem, [grouped(name), grouped(name, int8=True)], rounds=2, clock=CpuClock(), flush=lambda: None
+        )
+    assert (int8.status, int8.reason) == ("ok", "")
+    # A byte less of each element, and a scale of each group, in both directions.
+    scales = 4 * (256 + 256 + 64)
+    assert plain.work.bytes_moved - int8.work.bytes_moved == 2 * (3 * 256 * 64 - scales)
+
+
+def test_correctness_of_int8_weights() -> None:
+    with serving("cuda") as name:
+        cases = [case for case in gpu_correctness.correctness(DRY_RUN, name, CPU) if case["int8_weight"]]
+    assert [(case["side"], case["basis"]) for case in cases] == [("right", None), ("left", "int8")]
+    for case in cases:
+        assert case["codes_equal"] > 0.999
+        assert case["codes_apart"] <= 1
+        assert case["weights_beyond_two_ulps_and_the_directions_rounding"] == 0
+        assert case["bit_identical"]
+        assert 0.5 < case["worst_ulps"] < 1.1  # rounded stochastically, by less than the step of a code
+
+
 def test_the_sanitized_script_reaches_every_operation() -> None:
     with serving("cuda") as name:
         done = list(gpu_sanitize.run(gpu_sanitize.Runner(name, CPU)))
     for operation in ("galore_update", "group", "adam8bit_update", "rotate_moments"):
         assert any(line.startswith(operation) for line in done)
+    assert any("int8 weight" in line for line in done)
 
 
 @pytest.fixture
@@ -172,7 +197,8 @@ def test_wrong_weights_codes_and_random_results_show(
     def planted(change: Callable[[Any], Any]) -> dict[str, Any]:
         def kernel(param: Any, *args: Any) -> None:
             right.kernels["galore_update"](param, *args)
-            change((param, args[4]))
+            if param.is_floating_point():
+                change((param, args[4]))
 
         backend = replace(right, name="triton", kernels={"galore_update": kernel})
         monkeypatch.setitem(registry._backends, "triton", backend)

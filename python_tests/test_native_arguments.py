@@ -36,8 +36,8 @@ CALLS: dict[str, dict[str, Any]] = {
     | MATRIX,
     "lowrank_adam": {"lowrank_inout": 0, "n": 0, **MOMENTS, **ADAM},
     "back_project_update": {"param": 0, "param_dtype": 0, "update": 0, "scale": 1.0, "workspace": 0, **MATRIX, **ADAM}
-    | {"rounding_seed": None},
-    "workspace_bytes": {"rows": 1, "cols": 1, "rank": 1, "side": 0, "threads": 1},
+    | {"rounding_seed": None, "weight_scale": 0},
+    "workspace_bytes": {"rows": 1, "cols": 1, "rank": 1, "side": 0, "param_dtype": 0, "threads": 1},
     "rotate_moments": {"rows": 0, "rotation": 0, "rank": 1, "new_rank": 1, **MOMENTS, **NEW_MOMENTS}
     | {"beta1": 0.9, "beta2": 0.999, "step": 0, "workspace": 0, "threads": 1},
     "rotate_workspace_bytes": {"rank": 1, "new_rank": 1, "threads": 1},
@@ -54,7 +54,7 @@ BAD: dict[str, tuple[int, str]] = {
     "threads": (0, "1 or more"),
     "side": (2, "0 (right) or 1 (left)"),
     "dtype": (3, "0 (float32), 1 (bfloat16) or 2 (float16)"),
-    "param_dtype": (-1, "0 (float32), 1 (bfloat16) or 2 (float16)"),
+    "param_dtype": (-1, "0 (float32), 1 (bfloat16)"),
     "grad_dtype": (3, "0 (float32), 1 (bfloat16) or 2 (float16)"),
     "basis_dtype": (99, "0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (int4)"),
 }
@@ -105,6 +105,26 @@ def test_stochastic_rounding_is_for_bfloat16(dtype: int, name: str) -> None:
         function(name)(**(CALLS[name] | {"param_dtype": dtype, "rounding_seed": 1}))
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(3, 0), (0, 64), (1, 64)])  # codes without scales, scales without codes
+def test_int8_weights_have_scales_and_nothing_else_has(dtype: int, scale: int) -> None:
+    with pytest.raises(ValueError, match=f"weight_scale: expected an address with int8 .* with param_dtype={dtype}"):
+        function("back_project_update")(
+            **(CALLS["back_project_update"] | {"param_dtype": dtype, "weight_scale": scale, "rounding_seed": 1})
+        )
+
+
+def test_int8_weights_are_rounded_stochastically() -> None:
+    call = CALLS["back_project_update"] | {"param_dtype": 3, "weight_scale": 64}
+    function("back_project_update")(**(call | {"rounding_seed": 1}))
+    with pytest.raises(ValueError, match="rounding_seed=None: expected a seed with int8 parameters"):
+        function("back_project_update")(**call)
+
+
+def test_a_full_rank_weight_has_no_codes() -> None:
+    with pytest.raises(ValueError, match=r"param_dtype=3: expected 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\)"):
+        function("adam_update")(**(CALLS["adam_update"] | {"param_dtype": 3}))
+
+
 def test_build_info() -> None:
     info = _native.build_info()
     assert info["isa"] in ("generic", "avx2", "avx512", "avx512_bf16")
@@ -114,6 +134,6 @@ def test_build_info() -> None:
 
 
 def test_workspace_grows_with_threads_and_counts_in_64_bits() -> None:
-    one = _native.workspace_bytes(1024, 4096, 128, 0, 1)
-    assert 0 < one < _native.workspace_bytes(1024, 4096, 128, 0, 2)
-    assert _native.workspace_bytes(2**20, 2**20, 2**13, 0, 1) > 2**32
+    one = _native.workspace_bytes(1024, 4096, 128, 0, 0, 1)
+    assert 0 < one < _native.workspace_bytes(1024, 4096, 128, 0, 0, 2)
+    assert _native.workspace_bytes(2**20, 2**20, 2**13, 0, 0, 1) > 2**32

@@ -185,6 +185,11 @@ def test_a_panel_of_many_ranks_fits_the_workspace(rank: int, threads: int, side:
     weight, basis, update = torch.zeros(rows, cols), random_matrix(short, rank, 1), random_matrix(long, rank, 2)
     back_project_update(weight, update, basis, side, Scalars(), threads=threads)
     project(random_matrix(rows, cols, 3), basis, side, threads=threads)
+    # int8 weights, whose panels of columns are whole groups.
+    codes, weight_scale = torch.zeros(rows, cols, dtype=torch.int8), torch.ones(rows, -(-cols // 256))
+    back_project_update(
+        codes, update, basis, side, Scalars(), rounding_seed=1, weight_scale=weight_scale, threads=threads
+    )
 
 
 @SIDES

@@ -154,8 +154,9 @@ selftest.overrun(124, 0)
 
 
 @pytest.mark.slow
-def test_the_kernels_run_clean_under_the_sanitizers() -> None:
-    tests = Path(__file__).parent / "test_cuda_kernels.py"
+@pytest.mark.parametrize("name", ["test_cuda_kernels.py", "test_cuda_int8_weight.py"])
+def test_the_kernels_run_clean_under_the_sanitizers(name: str) -> None:
+    tests = Path(__file__).parent / name
     arguments = ["-q", "-x", "-c", str(simt.ROOT / "pyproject.toml"), "--rootdir", str(simt.ROOT), str(tests)]
     done = sanitized(f"import pytest; raise SystemExit(pytest.main({arguments!r}))", simt.build(sanitize=True))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -37,6 +37,11 @@ LARGEST_8BIT_DIRECTION = LARGEST_DIRECTION * 1.71 / math.sqrt(0.534)
 #: where R was summed in another order: 0.1 % leaves room for small samples. Those that differ are neighbours.
 EQUAL_CODES = 0.999
 
+#: Share of int8 weights' codes that must be equal when two computations of one float32 weight differ in their last
+#: bits. A code changes with a probability of the difference over the scale: about 1e-4 where the direction's rounding
+#: to 16 bits went another way, 127 u where the scale is new, and 2^-16 where the weight did not move.
+EQUAL_INT8_CODES = 0.998
+
 #: Float32 parity with galore_torch over several steps: its operations in another order, at a rank whose sums have up
 #: to 64 terms; about 100 u, relative to the largest weight.
 GALORE_TORCH_PARITY = 1e-5
@@ -196,3 +201,16 @@ def rotate_moments(
 #: both compute their own bases. A singular vector errs by about u sigma_1 / gap: 2e-6 at the smallest gap of the test's
 #: gradients (sigma_i = 0.7^i, i < 7); the moments of small elements, whose directions depend on signs, multiply it.
 EXACT_BASES = 2e-4
+
+
+def int8_trajectory(moves: Array, scale: Array, new_scales: Array) -> Array:
+    """Root of the variance that stochastic rounding adds to an int8 weight over its updates, at most.
+
+    Rounding x = w / s has the variance f (1 - f) s^2, f being the fraction of x. Before a move d, x is a whole number
+    as long as its scale is kept, so f or 1 - f is at most |d| / s: s |d| for each move. Under a new scale f is
+    arbitrary: at most s^2 / 4. The roundings are independent, so that their variances add; decay only shrinks them.
+
+    Args:
+        moves: sum of |d| of the weights' updates. scale: the largest of its scales. new_scales: how often it was new.
+    """
+    return np.sqrt(scale * moves + new_scales * scale**2 / 4)

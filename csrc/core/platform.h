@@ -18,7 +18,8 @@ namespace gk {
 // Every matrix, state and file format of the library counts its elements in 64 bits.
 using index_t = std::int64_t;
 
-// int8 and int4 are the codes of a quantized basis; int4 has two to a byte (galore_kernels/quantizers/basis.py).
+// int8 is a quantized weight's codes (galore_kernels/quantizers/weight.py) or a basis', int4 a basis' alone, with two
+// to a byte (basis.py there).
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int4 = 4 };
 
 // Long-major orientation: side right projects columns (S = cols, L = rows), side left projects rows.

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "pack.h"
+#include "quantized_weight.h"
 
 namespace gk::cpu::GK_ISA {
 
@@ -14,11 +15,17 @@ constexpr index_t kUpdateColumns = 16 * kTileColumns;
 
 constexpr index_t kTilesPerPanel = 16;
 
-// Long indices of a task: whole tiles, few enough for its packed part of U to stay in the cache.
-static inline index_t update_panel(index_t rank, index_t tile, index_t largest) {
-    const index_t fitting = kOwnOperand / rank / tile * tile;
-    return fitting < tile ? tile : at_most(fitting, largest);
+// Long indices of a task: whole tiles, few enough for its packed part of U to stay in the cache. Where they are columns
+// of int8 weights, whole groups: a task finds its groups' scales.
+static inline index_t update_panel(index_t rank, Side side, DType weight_dtype) {
+    const index_t tile = side == Side::right ? kTileRows : kTileColumns;
+    const index_t step = side == Side::left && weight_dtype == DType::int8 ? kWeightGroup : tile;
+    const index_t fitting = kOwnOperand / rank / step * step;
+    const index_t largest = kTilesPerPanel * tile;
+    return fitting < step || largest < step ? step : at_most(fitting, largest);
 }
+static_assert(kWeightGroup % kTileColumns == 0 &&
+              (kTilesPerPanel * kTileColumns % kWeightGroup == 0 || kTilesPerPanel * kTileColumns < kWeightGroup));
 
 struct PackedOperand {
     const float* data;  // panels of whole depth
@@ -70,6 +77,17 @@ template <class W>
     }
 }
 
+// kTileRows x width elements of the product; width is kTileColumns or, at the edge, kLanes.
+template <class Units>
+[[gnu::always_inline]] static inline void product_tile(const float* tile, const float* panel, index_t depth,
+                                                       index_t width, float* x) {
+    if (width == kTileColumns) {
+        multiply_tile<Units, 2, 1, kTileRows>(tile, panel, depth, x);
+    } else {
+        multiply_tile<Units, 1, 1, kTileRows>(tile, panel, depth, x);
+    }
+}
+
 // The part of W with rows `a` and columns `b`.
 template <class Units, class W>
 static void update_region(W* weight, index_t ld, const PackedOperand& a, const PackedOperand& b, index_t depth,
@@ -91,14 +109,44 @@ static void update_region(W* weight, index_t ld, const PackedOperand& a, const P
                     __builtin_prefetch(line + sizeof(W) * static_cast<std::size_t>(columns) - 1, 0, 1);
                 }
                 alignas(64) float x[kTileRows * kTileColumns];
-                const float* tile = a.data + row * depth;
-                const float* panel = b.data + column * depth;
-                if (width == kTileColumns) {
-                    multiply_tile<Units, 2, 1, kTileRows>(tile, panel, depth, x);
-                } else {
-                    multiply_tile<Units, 1, 1, kTileRows>(tile, panel, depth, x);
-                }
+                product_tile<Units>(a.data + row * depth, b.data + column * depth, depth, width, x);
                 update_tile(weight, ld, corner, rows, columns, x, width, rounding, c);
+            }
+        }
+    }
+}
+
+// The same of int8 weights, whose b.first is a group's first column: a tile's rows, a whole group wide, at a time.
+template <class Units>
+static void update_region_of_codes(const Weight& weight, index_t ld, const PackedOperand& a, const PackedOperand& b,
+                                   index_t depth, const AdamCoefficients& coefficients) {
+    const AdamCoefficients c = coefficients;  // a copy: no store can change it
+    const index_t groups = weight_groups(ld), padded = padded_columns(b.count);
+    for (index_t first = 0; first < b.count; first += kWeightGroup) {
+        const index_t group_columns = at_most(kWeightGroup, b.count - first);
+        for (index_t row = 0; row < a.count; row += kTileRows) {
+            const index_t rows = at_most(kTileRows, a.count - row);
+            const index_t corner = (a.first + row) * ld + b.first + first;
+            Int8* codes = static_cast<Int8*>(weight.data) + corner;
+            float* scales = weight.scale + (a.first + row) * groups + (b.first + first) / kWeightGroup;
+            for (index_t i = 0; i < rows; ++i) {
+                for (index_t j = 0; j < group_columns; j += 64) __builtin_prefetch(codes + i * ld + j, 1, 1);
+                __builtin_prefetch(codes + i * ld + group_columns - 1, 1, 1);
+            }
+            alignas(64) float weights[kTileRows][kWeightGroup];
+            for (index_t column = 0; column < group_columns; column += kTileColumns) {
+                const index_t width = at_most(kTileColumns, padded - first - column);
+                const index_t columns = at_most(width, group_columns - column);
+                alignas(64) float x[kTileRows * kTileColumns];
+                product_tile<Units>(a.data + row * depth, b.data + (first + column) * depth, depth, width, x);
+                for (index_t i = 0; i < rows; ++i) {
+                    update_codes(codes + i * ld + column, scales[i * groups], x + i * width, columns, c,
+                                 weights[i] + column);
+                }
+            }
+            for (index_t i = 0; i < rows; ++i) {
+                store_group(weights[i], group_columns, corner + i * ld, weight.rounding, codes + i * ld,
+                            scales + i * groups);
             }
         }
     }
@@ -145,10 +193,9 @@ static void back_project_update_as(const Weight& weight, const Projection& p, co
     if (long_size == 0 || short_size == 0) return;
     const index_t depth = units_deep<Units>(rank);
     const bool right = p.side == Side::right;
-    auto* w = static_cast<W*>(weight.data);
     const index_t basis_tile = right ? kTileColumns : kTileRows;
     const index_t update_tile = right ? kTileRows : kTileColumns;
-    const index_t panel = update_panel(rank, update_tile, kTilesPerPanel * update_tile);
+    const index_t panel = update_panel(rank, p.side, weight.dtype);
 
     const index_t padded_basis = right ? padded_columns(short_size) : ceil_div(short_size, kTileRows) * kTileRows;
     for_each_task(ceil_div(short_size, basis_tile), threads, [&](index_t task, int) {
@@ -168,21 +215,25 @@ static void back_project_update_as(const Weight& weight, const Projection& p, co
         }
         const PackedOperand of_update{own, first, count};
         const PackedOperand of_basis{workspace, 0, short_size};
-        if (right) {
-            update_region<Units>(w, p.cols, of_update, of_basis, depth, weight.rounding, c);
+        const PackedOperand& of_rows = right ? of_update : of_basis;
+        const PackedOperand& of_columns = right ? of_basis : of_update;
+        if constexpr (kIsCodes<W>) {
+            update_region_of_codes<Units>(weight, p.cols, of_rows, of_columns, depth, c);
         } else {
-            update_region<Units>(w, p.cols, of_basis, of_update, depth, weight.rounding, c);
+            update_region<Units>(static_cast<W*>(weight.data), p.cols, of_rows, of_columns, depth, weight.rounding, c);
         }
     });
 }
 
 static void back_project_update(const Weight& weight, const Projection& p, const float* update,
                                 const AdamCoefficients& c, void* workspace, int threads) {
-    with_dtype(weight.dtype, [&](auto weight_element) {
+    with_weight_dtype(weight.dtype, [&](auto weight_element) {
         with_basis_dtype(p.basis_dtype, [&](auto basis_element) {
             using W = decltype(weight_element);
             using B = decltype(basis_element);
-            using Factor = std::conditional_t<kIsCodes<B>, W, B>;  // what the update is rounded to
+            // What the update is rounded to.
+            using OfCodes = std::conditional_t<kIsCodes<W>, Bf16, W>;
+            using Factor = std::conditional_t<kIsCodes<B>, OfCodes, B>;
             using Units = typename UnitsFor<std::is_same_v<Factor, Bf16>>::type;
             const Packing pack{pack_basis_rows<Units, B>, pack_update_rows<Units, Factor>};
             back_project_update_as<Units, W>(weight, p, pack, update, c, first_line(workspace), threads);
@@ -192,10 +243,10 @@ static void back_project_update(const Weight& weight, const Projection& p, const
 
 // Enough for either side, and for units of one element. Either tile may have the larger panel: what fits is rounded
 // down to whole tiles.
-static index_t back_project_workspace_floats(index_t short_size, index_t rank, int threads) {
+static index_t back_project_workspace_floats(index_t short_size, index_t rank, DType weight_dtype, int threads) {
     const index_t largest_tile = kTileRows > kTileColumns ? kTileRows : kTileColumns;
-    const index_t panel_of_rows = update_panel(rank, kTileRows, kTilesPerPanel * kTileRows);
-    const index_t panel_of_columns = update_panel(rank, kTileColumns, kTilesPerPanel * kTileColumns);
+    const index_t panel_of_rows = update_panel(rank, Side::right, weight_dtype);
+    const index_t panel_of_columns = update_panel(rank, Side::left, weight_dtype);
     const index_t panel = panel_of_rows > panel_of_columns ? panel_of_rows : panel_of_columns;
     return whole_lines((short_size + largest_tile) * rank) + threads * whole_lines(panel * rank);
 }

@@ -16,7 +16,8 @@ struct Fp16 {
     std::uint16_t bits;
 };
 
-// Codes of a quantized basis, in two's complement: one, or an even column's in the low half and the next one's above.
+// Codes of a quantized weight or basis, in two's complement: one, or an even column's in the low half and the next
+// one's above.
 struct Int8 {
     std::int8_t code;
 };
@@ -41,7 +42,7 @@ static inline const T* at_column(const T* row, index_t column) {
     return row + (std::is_same_v<T, Int4Pair> ? column / 2 : column);
 }
 
-// Calls f with a value of the element type that dtype names: a weight's or gradient's, or a basis' of any kind.
+// Calls f with a value of the element type that dtype names: a gradient's, or a weight's or basis' of any kind.
 template <class F>
 static auto with_dtype(DType dtype, const F& f) {
     switch (dtype) {
@@ -52,6 +53,11 @@ static auto with_dtype(DType dtype, const F& f) {
         default:
             return f(float{});
     }
+}
+
+template <class F>
+static auto with_weight_dtype(DType dtype, const F& f) {
+    return dtype == DType::int8 ? f(Int8{}) : with_dtype(dtype, f);
 }
 
 template <class F>
@@ -117,6 +123,16 @@ template <class F>
         store_halves(&p->bits, bf16_stochastic(reinterpret_cast<VectorBits>(x), load_halves(random)));
     } else {
         p->bits = float_to_bf16_stochastic(x, *random);
+    }
+}
+
+// The 16-bit integers at p as fp32.
+template <class F>
+[[gnu::always_inline]] static inline F load_numbers(const std::uint16_t* p) {
+    if constexpr (!std::is_same_v<F, float>) {
+        return __builtin_convertvector(reinterpret_cast<VectorIntegers>(load_halves(p)), Vector);
+    } else {
+        return static_cast<float>(*p);
     }
 }
 

@@ -18,9 +18,9 @@
 
 namespace gk::cpu::GK_ISA {
 
-static index_t workspace_bytes(index_t short_size, index_t rank, int threads) {
+static index_t workspace_bytes(index_t short_size, index_t rank, DType weight_dtype, int threads) {
     const index_t project_floats = project_workspace_floats(short_size, rank, threads);
-    const index_t back_floats = back_project_workspace_floats(short_size, rank, threads);
+    const index_t back_floats = back_project_workspace_floats(short_size, rank, weight_dtype, threads);
     // The last term: the workspace need not begin at a cache line.
     return static_cast<index_t>(sizeof(float)) *
            ((project_floats > back_floats ? project_floats : back_floats) + kLineFloats);

@@ -28,6 +28,7 @@ struct Weight {
     void* data;
     DType dtype;
     WeightRounding rounding;
+    float* scale;  // of a row's groups of 256 where the weight is int8, else null
 };
 
 // The matrix of a weight or gradient and the subspace it is projected to.
@@ -68,7 +69,7 @@ struct Kernels {
                          int threads);
     void (*back_project_update)(const Weight& weight, const Projection& projection, const float* update,
                                 const AdamCoefficients& coefficients, void* workspace, int threads);
-    index_t (*workspace_bytes)(index_t short_size, index_t rank, int threads);
+    index_t (*workspace_bytes)(index_t short_size, index_t rank, DType weight_dtype, int threads);
     // Writes every element of target's moments, which are quantized if source's are.
     void (*rotate_moments)(const Moments& source, const Moments& target, const Rotation& rotation, float c,
                            void* workspace, int threads);

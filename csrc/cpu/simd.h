@@ -39,6 +39,8 @@ constexpr int kTileColumns = kTileVectors * kLanes;
 // The same lanes as bits.
 typedef std::uint32_t VectorBits __attribute__((vector_size(4 * kLanes)));
 
+typedef std::int32_t VectorIntegers __attribute__((vector_size(4 * kLanes)));
+
 // Half as many lanes of 64 bits, and the products of their lower halves.
 typedef std::uint64_t WideVector __attribute__((vector_size(4 * kLanes)));
 constexpr int kWideLanes = kLanes / 2;
@@ -127,6 +129,13 @@ static inline void store_fp16(std::uint16_t* p, Vector x) {
 #endif
 
 static inline float square_root(float x) { return std::sqrt(x); }
+
+// The largest integer not above x, for magnitudes below 2^31; the instructions for all come after SSE2.
+static inline Vector floor_of_small(Vector x) {
+    const Vector truncated = __builtin_convertvector(__builtin_convertvector(x, VectorIntegers), Vector);
+    return truncated > x ? truncated - 1.0f : truncated;
+}
+static inline float floor_of_small(float x) { return std::floor(x); }
 
 static inline index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 static inline index_t at_most(index_t a, index_t b) { return a < b ? a : b; }

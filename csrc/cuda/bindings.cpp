@@ -30,20 +30,15 @@ T* pointer(Address address) {
 
 Queue queue_of(int device, Address stream) { return Queue{device, reinterpret_cast<cudaStream_t>(stream)}; }
 
-DType dtype_of(const char* name, int code) {
-    if (code < 0 || code > 2) {
-        throw std::invalid_argument(std::string(name) + "=" + std::to_string(code) +
-                                    ": expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+// One of the dtypes up to `last`.
+DType dtype_of(const char* name, int code, DType last = DType::float16) {
+    static constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int8", "int4"};
+    if (code >= 0 && code <= static_cast<int>(last)) return static_cast<DType>(code);
+    std::string legal;
+    for (int i = 0; i <= static_cast<int>(last); ++i) {
+        legal += (i == 0 ? "" : ", ") + std::to_string(i) + " (" + kNames[i] + ")";
     }
-    return static_cast<DType>(code);
-}
-
-DType basis_dtype_of(int code) {
-    if (code < 0 || code > 4) {
-        throw std::invalid_argument("basis_dtype=" + std::to_string(code) +
-                                    ": expected 0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (int4)");
-    }
-    return static_cast<DType>(code);
+    throw std::invalid_argument(std::string(name) + "=" + std::to_string(code) + ": expected one of " + legal);
 }
 
 void check(const char* stage, cudaError_t error) {
@@ -73,6 +68,13 @@ Batch make_batch(Address table, const std::array<Address, 12>& row, index_t coun
     if (side != 0 && side != 1) throw std::invalid_argument("side: expected 0 (right) or 1 (left)");
     if (count < 1 || (count > 1 && table == 0)) throw std::invalid_argument("count: expected 1, or a table's rows");
     if (rows < 0 || cols < 0 || moments < 0 || rank < 0) throw std::invalid_argument("a size is negative");
+    const DType weight = dtype_of("weight_dtype", weight_dtype, DType::int8);
+    if (weight == DType::int8 && rows != 0 && cols != 0 && row[7] == 0) {
+        throw std::invalid_argument("weight_dtype=3 (int8): expected the address of a weight_scale in the row, got 0");
+    }
+    if (weight == DType::int8 && !stochastic) {
+        throw std::invalid_argument("weight_dtype=3 (int8): rounded stochastically; pass seeds, and stochastic=True");
+    }
     return Batch{pointer<const TensorRow>(table),
                  row_of(row),
                  count,
@@ -81,9 +83,9 @@ Batch make_batch(Address table, const std::array<Address, 12>& row, index_t coun
                  moments,
                  rank,
                  static_cast<gk::Side>(side),
-                 dtype_of("weight_dtype", weight_dtype),
+                 weight,
                  dtype_of("grad_dtype", grad_dtype),
-                 basis_dtype_of(basis_dtype),
+                 dtype_of("basis_dtype", basis_dtype, DType::int4),
                  eight_bit,
                  stochastic,
                  aligned};
@@ -92,6 +94,11 @@ Batch make_batch(Address table, const std::array<Address, 12>& row, index_t coun
 MomentMatrix moments_of(const std::array<Address, 4>& a, index_t rows, int rank) {
     return MomentMatrix{
         pointer<void>(a[0]), pointer<void>(a[1]), pointer<float>(a[2]), pointer<float>(a[3]), rows, rank};
+}
+
+// Of the stages that take weights as numbers; back_project_update alone takes codes.
+void check_no_codes(const Batch& batch) {
+    if (batch.weight_dtype == DType::int8) dtype_of("weight_dtype", static_cast<int>(DType::int8));
 }
 
 // Calls a launcher without the interpreter's lock: a launch waits where the stream's queue is full.
@@ -180,10 +187,11 @@ void bind_stages(py::module_& module) {
             });
         },
         "batch"_a, "control"_a, "direction"_a, "direction_dtype"_a, "device"_a, "stream"_a,
-        "The weights, from direction (count, long * rank).");
+        "The weights, int8 ones with their scales, from direction (count, long * rank).");
     module.def(
         "cuda_adam_update",
         [](const Batch& batch, Address control, int device, Address stream) {
+            check_no_codes(batch);
             run("adam_update",
                 [&] { return cuda::adam_update(batch, pointer<Control>(control), queue_of(device, stream)); });
         },
@@ -193,6 +201,7 @@ void bind_stages(py::module_& module) {
     module.def(
         "cuda_galore_update",
         [](const Batch& batch, Address control, int device, Address stream) {
+            check_no_codes(batch);
             run("galore_update",
                 [&] { return cuda::galore_update(batch, pointer<Control>(control), queue_of(device, stream)); });
         },
@@ -223,8 +232,9 @@ void bind_cuda(py::module_& module) {
             py::dict shapes;
             for (const cuda::LaunchShape* shape :
                  {&cuda::kWriteColumnShape, &cuda::kPrepareShape, &cuda::kProjectShape, &cuda::kScaleAndCheckShape,
-                  &cuda::kLowrankAdamShape, &cuda::kBackProjectUpdateShape, &cuda::kAdamUpdateShape,
-                  &cuda::kGaloreUpdateShape, &cuda::kQuantizeBlockwiseShape, &cuda::kRotateMomentsShape}) {
+                  &cuda::kLowrankAdamShape, &cuda::kBackProjectUpdateShape, &cuda::kBackProjectUpdateInt8Shape,
+                  &cuda::kAdamUpdateShape, &cuda::kGaloreUpdateShape, &cuda::kQuantizeBlockwiseShape,
+                  &cuda::kRotateMomentsShape}) {
                 shapes[shape->stage] = py::make_tuple(shape->threads, shape->shared_bytes);
             }
             return shapes;

@@ -117,21 +117,31 @@ __device__ __forceinline__ std::uint32_t pick_bits16(const Philox4x32& random, i
     return ((i < 4 ? low : high) >> (16 * (i % 2))) & 0xFFFFu;
 }
 
-// bf16, rounded stochastically: the bits of an element depend on its index alone, however it is grouped.
+// The random bits of eight elements from `first` on: an element's depend on its index alone, however it is grouped.
+struct RandomBits8 {
+    int offset;
+    Philox4x32 near, far;
+
+    __device__ __forceinline__ RandomBits8(std::uint64_t seed, std::uint64_t step, index_t first)
+        : offset(static_cast<int>(first % kRandomsPerBlock)) {
+        const std::uint64_t block = static_cast<std::uint64_t>(first) / kRandomsPerBlock;
+        near = random_block(seed, step, block);
+        far = offset == 0 ? near : random_block(seed, step, block + 1);
+    }
+
+    __device__ __forceinline__ std::uint32_t operator[](int k) const {
+        const int i = offset + k;
+        return i < kRandomsPerBlock ? pick_bits16(near, i) : pick_bits16(far, i - kRandomsPerBlock);
+    }
+};
+
+// bf16, rounded stochastically.
 __device__ __forceinline__ void store8_stochastic(void* target, const float (&x)[kEight], index_t first, index_t count,
                                                   bool vector, std::uint64_t seed, std::uint64_t step) {
-    const std::uint64_t block = static_cast<std::uint64_t>(first) / kRandomsPerBlock;
-    const int offset = static_cast<int>(first % kRandomsPerBlock);
-    const Philox4x32 near = random_block(seed, step, block);
-    const Philox4x32 far = offset == 0 ? near : random_block(seed, step, block + 1);
+    const RandomBits8 random(seed, step, first);
     std::uint32_t bits[kEight];
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) {
-        const int i = offset + k;
-        const std::uint32_t random =
-            i < kRandomsPerBlock ? pick_bits16(near, i) : pick_bits16(far, i - kRandomsPerBlock);
-        bits[k] = float_to_bf16_stochastic(x[k], random);
-    }
+    for (int k = 0; k < kEight; ++k) bits[k] = float_to_bf16_stochastic(x[k], random[k]);
     store_bits8(target, bits, first, count, vector);
 }
 

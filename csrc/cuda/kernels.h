@@ -15,7 +15,8 @@ struct LaunchShape {
 };
 
 extern const LaunchShape kWriteColumnShape, kPrepareShape, kProjectShape, kScaleAndCheckShape, kLowrankAdamShape,
-    kBackProjectUpdateShape, kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape, kRotateMomentsShape;
+    kBackProjectUpdateShape, kBackProjectUpdateInt8Shape, kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape,
+    kRotateMomentsShape;
 
 // Whether the device and its driver can run the kernels: what asking for one gives.
 cudaError_t usable(int device);

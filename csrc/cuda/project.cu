@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kStages = 3;
 constexpr int kSharedBytes = kStages * 2 * kOperandBytes;
+using SquareProducts = Products<kTileEdge, kTileEdge>;
+static_assert(SquareProducts::kBytes <= kSharedBytes);
 // A split that sums less than this many bytes of a gradient's row is not worth its partial result.
 constexpr int kLeastTilesInSplit = 8;
 
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
     bool bad = false;
     __syncthreads();  // the last tile has been read: its place is free
     float* products = reinterpret_cast<float*>(shared_memory());
-    store_products(products, sums, row0, column0);
+    store_products<SquareProducts>(products, sums, row0, column0);
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < kTileEdge * kTileEdge / kEight; i += kTileThreads) {
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kTileThreads, Operand<kind>::kBlocksAtOnce)
         const int there = batch.rank - (rank0 + c);
         if (long0 + r >= long_size || there <= 0) continue;
         float x[kEight];
-        load_products8(x, products, r, c);
+        load_products8<SquareProducts>(x, products, r, c);
         if constexpr (coded) multiply8(x, row.basis_scale, rank0 + c, there, vector);
 #pragma unroll
         for (int k = 0; k < kEight; ++k) {

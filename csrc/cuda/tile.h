@@ -27,9 +27,13 @@ constexpr int kWarp = 32;
 constexpr int kTileThreads = 256;
 constexpr int kTileEdge = 128;   // long rows, short columns or columns of the basis in a tile
 constexpr int kChunkBytes = 16;  // what copy_async16 and ldmatrix move
-constexpr int kOperandBytes = kTileEdge * 128;
+constexpr int kRowBytes = 128;   // of an operand's tile, along the summed index
+constexpr int kOperandBytes = kTileEdge * kRowBytes;
+constexpr int kLongestTile = 2 * kTileEdge;  // rows or columns of any
 
-GK_HOST_DEVICE unsigned tiles_along(index_t size) { return static_cast<unsigned>((size + kTileEdge - 1) / kTileEdge); }
+GK_HOST_DEVICE unsigned tiles_along(index_t size, int edge = kTileEdge) {
+    return static_cast<unsigned>((size + edge - 1) / edge);
+}
 
 // kind: bfloat16 or float16 for operands of that dtype, float32 for everything else.
 template <DType kind>
@@ -60,7 +64,7 @@ struct MatrixView {
 
 // A number of elements left, as far as a tile is concerned: half the registers.
 __device__ __forceinline__ int at_most_a_tile(index_t left) {
-    return static_cast<int>(left < 0 ? 0 : (left < kTileEdge ? left : kTileEdge));
+    return static_cast<int>(left < 0 ? 0 : (left < kLongestTile ? left : kLongestTile));
 }
 
 // Fills a tile of kRows x kChunks chunks from (row0, col0) on, with zeros beyond the matrix. The aligned way is
@@ -357,29 +361,33 @@ __device__ __forceinline__ void multiply_tiles(Accumulators<kM, kN>& c, const un
 }
 
 // A tile of products goes through shared memory, where its operands were, so that what follows reads and writes whole
-// rows: kProductPitch floats to a row.
-constexpr int kProductPitch = kTileEdge + 4;
-constexpr int kProductBytes = kTileEdge * kProductPitch * sizeof(float);
+// rows.
+template <int kRows, int kColumns>
+struct Products {
+    static constexpr int kPitch = kColumns + 4;  // floats to a row: 8 of them begin in different banks
+    static constexpr int kBytes = kRows * kPitch * static_cast<int>(sizeof(float));
+};
 
 // The lane's elements of the warp's part at (row0, column0).
-template <int kM, int kN>
+template <class To, int kM, int kN>
 __device__ __forceinline__ void store_products(float* products, const Accumulators<kM, kN>& c, int row0, int column0) {
     const int lane = threadIdx.x % kWarp;
-    float* own = products + (row0 + lane / 4) * kProductPitch + column0 + lane % 4 * 2;
+    float* own = products + (row0 + lane / 4) * To::kPitch + column0 + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
-            float* pair = own + m * 16 * kProductPitch + n * 8;
+            float* pair = own + m * 16 * To::kPitch + n * 8;
             *reinterpret_cast<float2*>(pair) = make_float2(c[m][n][0], c[m][n][1]);
-            *reinterpret_cast<float2*>(pair + 8 * kProductPitch) = make_float2(c[m][n][2], c[m][n][3]);
+            *reinterpret_cast<float2*>(pair + 8 * To::kPitch) = make_float2(c[m][n][2], c[m][n][3]);
         }
     }
 }
 
 // Eight products in a row, the first a multiple of 8.
+template <class From>
 __device__ __forceinline__ void load_products8(float (&x)[kEight], const float* products, int row, int column) {
-    const float4* from = reinterpret_cast<const float4*>(products + row * kProductPitch + column);
+    const float4* from = reinterpret_cast<const float4*>(products + row * From::kPitch + column);
     const float4 a = from[0], b = from[1];
     x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
 }

@@ -120,7 +120,7 @@ def galore_update(
     rows, cols = param.shape
     rank = _rank(basis, basis_scale)
     lowrank = torch.empty((long_short((rows, cols), side)[0], rank), dtype=torch.float32)
-    workspace = _workspace(rows, cols, rank, side, threads)
+    workspace = _workspace(param, rank, side, threads)
     representable = _native.project(
         *_typed(grad),
         rows,
@@ -141,7 +141,9 @@ def galore_update(
     if not representable:
         state.skipped.add_(1)
         return
-    _update_weight(param, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads)
+    _update_weight(
+        param, weight_scale, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads
+    )
 
 
 def lowrank_update(
@@ -159,8 +161,7 @@ def lowrank_update(
     if _found_inf(options):
         return
     threads = torch.get_num_threads()
-    rows, cols = param.shape
-    workspace = _workspace(rows, cols, _rank(basis, basis_scale), side, threads)
+    workspace = _workspace(param, _rank(basis, basis_scale), side, threads)
     lowrank = lowrank_grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     inv_grad_scale = _inverse_grad_scale(options)
     if inv_grad_scale != 1.0:
@@ -168,7 +169,9 @@ def lowrank_update(
     if not _representable(lowrank, threads):
         state.skipped.add_(1)
         return
-    _update_weight(param, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads)
+    _update_weight(
+        param, weight_scale, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads
+    )
 
 
 def _rank(basis: Tensor, basis_scale: Tensor | None) -> int:
@@ -176,8 +179,9 @@ def _rank(basis: Tensor, basis_scale: Tensor | None) -> int:
     return basis.shape[1] if basis_scale is None else basis_scale.shape[0]
 
 
-def _workspace(rows: int, cols: int, rank: int, side: str, threads: int) -> Tensor:
-    size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], threads)
+def _workspace(param: Tensor, rank: int, side: str, threads: int) -> Tensor:
+    rows, cols = param.shape
+    size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], DTYPE_CODES[param.dtype], threads)
     return torch.empty(size, dtype=torch.uint8)
 
 
@@ -187,6 +191,7 @@ def _representable(lowrank: Tensor, threads: int) -> bool:
 
 def _update_weight(
     param: Tensor,
+    weight_scale: Tensor | None,
     lowrank: Tensor,
     basis: Tensor,
     long_basis: Tensor | None,
@@ -212,6 +217,7 @@ def _update_weight(
     rows, cols = param.shape
     _native.back_project_update(
         *_typed(weight),
+        _address(weight_scale),
         rows,
         cols,
         SIDE_CODES[side],

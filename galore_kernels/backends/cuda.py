@@ -188,8 +188,8 @@ def make_backend(native: Any, device_type: str) -> Backend:
             **({"available": False, "reason": reason} if reason else {}),
             "architectures": native.build_info()["cuda_archs"],
             "galore_update": "one launch: 16-bit tensors of one dtype, the basis quantized or not, rank <= 128 and a "
-            "multiple of 8, 16-byte aligned rows, enough panels to fill the device; else four launches (five where the "
-            "short side is split)",
+            "multiple of 8, 16-byte aligned rows, enough panels to fill the device; else, and for int8 weights, four "
+            "launches (five where the short side is split)",
         }
 
     return Backend(

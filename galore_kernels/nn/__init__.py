@@ -1,8 +1,9 @@
 """Linear layers for low-rank training."""
 
+from galore_kernels.nn.export import plain_state_dict, save_safetensors
 from galore_kernels.nn.factored_linear import FactoredLinear, Int8Linear, WeightCodes
 from galore_kernels.nn.lowrank_gradient import LowRankGradient, lowrank_gradient_of
-from galore_kernels.nn.prepare import plain_state_dict, prepare, unprepare
+from galore_kernels.nn.prepare import prepare, unprepare
 from galore_kernels.nn.targets import ALL_LINEAR, TargetModules, nothing_matches, target_linears
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "nothing_matches",
     "plain_state_dict",
     "prepare",
+    "save_safetensors",
     "target_linears",
     "unprepare",
 ]

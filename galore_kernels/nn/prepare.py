@@ -116,7 +116,8 @@ def unprepare(model: Model) -> Model:
     for layer in [module for module in model.modules() if isinstance(module, FactoredLinear)]:
         key = id(layer.gradient)
         if key not in weights:
-            weights[key] = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
+            own = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
+            weights[key] = cast(nn.Parameter, own)
             weights[key].requires_grad_(True)
         delattr(layer, CARRIER)
         if isinstance(layer, Int8Linear):
@@ -125,25 +126,6 @@ def unprepare(model: Model) -> Model:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
         layer.weight = weights[key]
     return model
-
-
-def plain_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` that the model would have unprepared: int8 weights in the dtype that they had before.
-
-    It is made anew at each call, and takes the memory of a plain model.
-    """
-    layers = {
-        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Int8Linear)
-    }
-    weights = {id(layer.gradient): layer.weight for layer in layers.values()}
-    plain: dict[str, torch.Tensor] = {}
-    for key, value in model.state_dict().items():
-        name, _, own = key.rpartition(".")
-        if name not in layers or own not in ("weight_codes", "weight_scale"):
-            plain[key] = value
-        elif own == "weight_codes":
-            plain[f"{name}.weight" if name else "weight"] = weights[id(layers[name].gradient)]
-    return plain
 
 
 def _check(name: str, layer: nn.Linear) -> None:

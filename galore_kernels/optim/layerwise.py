@@ -119,6 +119,18 @@ class LayerwiseOptimizer(Optimizer):
         """The wrapped optimizer's."""
         return self.optimizer.defaults
 
+    def skipped_steps(self) -> dict[str, int]:
+        """The wrapped optimizer's."""
+        return self.optimizer.skipped_steps()
+
+    def subspace_report(self) -> dict[str, dict[str, Any]]:
+        """The wrapped optimizer's."""
+        return self.optimizer.subspace_report()
+
+    def state_bytes(self) -> int:
+        """The wrapped optimizer's."""
+        return self.optimizer.state_bytes()
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         raise RuntimeError(

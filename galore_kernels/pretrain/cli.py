@@ -13,7 +13,7 @@ import torch
 
 from galore_kernels.checkpoint import CheckpointError
 
-from .config import DTYPES, OPTIMIZERS, SPLITS, Config, PretrainError, differences
+from .config import DTYPES, GRADIENTS, OPTIMIZERS, SPLITS, UPDATES, WEIGHTS, Config, PretrainError, differences
 from .corpus import load_corpus
 from .display import choose_display
 from .plot import PICTURE_NAME, comparison_table, plot_runs, read_runs
@@ -111,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     ours.add_argument("--moments-on-refresh", help="keep (default), rotate or reset")
     ours.add_argument("--basis-format", help="int8 or int4 (default: the weights' dtype)")
+
+    memory = parser.add_argument_group("memory (galore8bit and galore)")
+    memory.add_argument("--gradients", choices=GRADIENTS, help="factored: of matrices in their subspace only")
+    memory.add_argument("--updates", choices=UPDATES, help="layerwise: inside the backward pass, gradients freed")
+    memory.add_argument("--weights", choices=WEIGHTS, help="int8: of matrices, with --gradients factored")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")

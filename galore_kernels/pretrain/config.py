@@ -13,10 +13,26 @@ from galore_kernels.subspace import MOMENTS_ON_REFRESH, PROJ_TYPES, REFRESH_METH
 
 from .presets import PRESETS
 
-__all__ = ["DTYPES", "FULL_RANK", "OPTIMIZERS", "SPLITS", "Config", "PretrainError", "differences"]
+__all__ = [
+    "DTYPES",
+    "FULL_RANK",
+    "GRADIENTS",
+    "OPTIMIZERS",
+    "OURS",
+    "SPLITS",
+    "UPDATES",
+    "WEIGHTS",
+    "Config",
+    "PretrainError",
+    "differences",
+]
 
-OPTIMIZERS = ("galore8bit", "galore", "adamw", "adamw8bit", "galore_torch", "galore_torch8bit")
+OURS = ("galore8bit", "galore")
+OPTIMIZERS = (*OURS, "adamw", "adamw8bit", "galore_torch", "galore_torch8bit")
 FULL_RANK = ("adamw", "adamw8bit")
+GRADIENTS = ("dense", "factored")
+UPDATES = ("whole", "layerwise")
+WEIGHTS = ("float", "int8")
 DTYPES = ("float32", "bfloat16")
 SPLITS = ("file", "window")
 
@@ -60,6 +76,9 @@ class Config:
     async_refresh: bool
     moments_on_refresh: str
     basis_format: str | None
+    gradients: str
+    updates: str
+    weights: str
     dtype: str
     seed: int
     split: str
@@ -104,6 +123,9 @@ class Config:
             "async_refresh": False,
             "moments_on_refresh": "keep",
             "basis_format": None,
+            "gradients": "dense",
+            "updates": "whole",
+            "weights": "float",
             "seed": 0,
             "split": "file",
             "text": (),
@@ -135,10 +157,19 @@ class Config:
             ("refresh_schedule", REFRESH_SCHEDULES),
             ("moments_on_refresh", MOMENTS_ON_REFRESH),
             ("basis_format", (None, *BASIS_FORMATS)),
+            ("gradients", GRADIENTS),
+            ("updates", UPDATES),
+            ("weights", WEIGHTS),
         ):
             self._expect(key, getattr(self, key) in choices, "one of " + ", ".join(filter(None, choices)))
         both = self.proj_type == "full"
         self._expect("basis_format", self.basis_format is None or not both, "none with --proj-type full")
+        ours = self.optimizer in OURS
+        self._expect("gradients", self.gradients == "dense" or ours, f"dense with --optimizer {self.optimizer}")
+        self._expect("gradients", self.gradients == "dense" or not both, "dense with --proj-type full")
+        self._expect("updates", self.updates == "whole" or ours, f"whole with --optimizer {self.optimizer}")
+        factored = self.gradients == "factored"
+        self._expect("weights", self.weights == "float" or factored, "float without --gradients factored")
         for key in ("lr", "weight_decay", "eps", "clip"):
             value = getattr(self, key)
             self._expect(key, math.isfinite(value) and value >= 0, "a finite number that is not negative")

@@ -22,6 +22,8 @@ _TARGETS = ("attn", "mlp")
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """Optimizer of ``config`` over all parameters of ``model``; those that project do so to the same matrices.
 
+    For factored gradients, the model's layers are prepared.
+
     Raises:
         PretrainError: the package of the chosen rival is not installed.
     """
@@ -66,6 +68,9 @@ def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.
     def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
         import galore_kernels
 
+        if config.gradients == "factored":
+            weights = None if config.weights == "float" else config.weights
+            galore_kernels.prepare(model, list(_TARGETS), config.rank, proj_type=config.proj_type, weights=weights)
         groups = galore_kernels.galore_param_groups(
             model,
             target_modules=list(_TARGETS),
@@ -81,9 +86,13 @@ def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.
             basis_format=config.basis_format,
         )
         optimizer_class = getattr(galore_kernels, class_name)
-        optimizer: torch.optim.Optimizer = optimizer_class(
+        optimizer: Any = optimizer_class(
             groups, lr=config.lr, betas=_BETAS, eps=config.eps, weight_decay=config.weight_decay, seed=config.seed
         )
+        if config.updates == "layerwise":
+            return galore_kernels.LayerwiseOptimizer(
+                optimizer, accumulation_steps=config.accumulate, max_grad_norm=config.clip or None
+            )
         return optimizer
 
     return build

@@ -90,11 +90,12 @@ def train(
     with sole_trainer(folder), SignalWatch() as signals:
         model = build_model(config, corpus.vocabulary).to(device)
         model.train()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(model, config)
         header = {
             "config": config.to_dict(),
             "corpus": {"description": corpus.description, **corpus.facts()},
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": parameters,
             "optimizer": repr(optimizer),
             "machine": machine_facts(device),
             "versions": package_versions(),
@@ -181,7 +182,7 @@ class _Run:
             loss = self.model(input_ids=micro_batch, labels=micro_batch).loss / config.accumulate
             loss.backward()
             total += loss.detach()
-        if config.clip > 0:
+        if config.clip > 0 and config.updates == "whole":
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self._expect_finite(float(total), "training", self.progress.step + 1)
         self.optimizer.step()
