@@ -101,6 +101,10 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
             for mode in ({}, {"gradients": "factored"}, {"updates": "layerwise"}, LIGHT):
                 yield Case(shape, "galore8bit", 1, 8, {"weights": weights, **mode, "step": "refresh"})
         yield Case(shape, "galore8bit", 1, 8, {"weights": "bf16", "basis_format": "int8", "step": "refresh"})
+        for step in ("ordinary", "refresh"):
+            for mode in ({"gradients": "factored"}, LIGHT, {**LIGHT, "checkpointing": "layer", "basis_format": "int8"}):
+                yield Case(shape, "galore8bit", batch, sequence, {"weights": "int8", **mode, "step": step})
+            yield Case(shape, "galore8bit", 1, 8, {"weights": "int8", **LIGHT, "step": step})
     for optimizer in ("adamw8bit", "galore_torch", "galore_torch8bit"):
         yield Case("tiny", optimizer, 4, 128, {"weights": "bf16", "step": "ordinary"})
         yield Case("tiny", optimizer, 1, 8, {"weights": "bf16", "step": "refresh"})
@@ -144,7 +148,11 @@ def build_optimizer(case: Case, model: torch.nn.Module, gap: int) -> torch.optim
         return torch.optim.AdamW(model.parameters())
     if case.optimizer in ("galore8bit", "galore"):
         cls = GaLoreFusedAdam8bit if case.optimizer == "galore8bit" else GaLoreFusedAdamW
-        options: dict[str, Any] = {"rank": RANKS[case.shape], "update_proj_gap": gap, "basis_format": case.options.get("basis_format")}
+        options: dict[str, Any] = {
+            "rank": RANKS[case.shape],
+            "update_proj_gap": gap,
+            "basis_format": case.options.get("basis_format"),
+        }
         own = cls(galore_param_groups(model, **options))
         return LayerwiseOptimizer(own) if case.options.get("updates") == "layerwise" else own
     from galore_kernels.pretrain import rivals

@@ -123,7 +123,8 @@ def _our_scratch(settings: Settings, param: Parameter) -> int:
     matrix, rank = param.matrix, settings.rank_of(param.matrix)
     lowrank = _low_rank(settings, matrix)
     if settings.device == "cpu":
-        native = workspace_bytes(matrix.rows, matrix.cols, rank, settings.side(matrix), torch.get_num_threads())
+        side, dtype = settings.side(matrix), torch.int8 if settings.weights == "int8" else settings.dtype
+        native = workspace_bytes(matrix.rows, matrix.cols, rank, side, dtype, torch.get_num_threads())
         return lowrank * _FLOAT + native
     each = lowrank * (_FLOAT + settings.dtype.itemsize)
     together = min(param.count, max(1, WORKSPACE_BYTES // each))
