@@ -30,14 +30,18 @@ from galore_kernels.pretrain.optimizers import package_versions
 #: How far a prediction may be off.
 TOLERANCE = 0.05
 
+#: Fewer heads of keys and values than of queries, wide heads, one table for embedding and head.
+_GROUPED = LlamaShape("grouped", 256, 688, 3, 4, 2, 512, tied=True, head_width=96)
+
+#: "exact": at half of the smaller dimension bases are found by exact decompositions.
 SHAPES = {
     "tiny": MODELS["tiny"],
     "60m": MODELS["60m"],
     "130m": replace(MODELS["130m"], layers=3),
-    # Fewer heads of keys and values than of queries, wide heads, one table for embedding and head.
-    "grouped": LlamaShape("grouped", 256, 688, 3, 4, 2, 512, tied=True, head_width=96),
+    "grouped": _GROUPED,
+    "exact": replace(_GROUPED, name="exact"),
 }
-RANKS = {"tiny": 64, "60m": 128, "130m": 256, "grouped": 32}
+RANKS = {"tiny": 64, "60m": 128, "130m": 256, "grouped": 32, "exact": 128}
 
 LIGHT = {"gradients": "factored", "updates": "layerwise"}
 
@@ -83,7 +87,7 @@ class Row:
 def cases(*, quick: bool = False) -> Iterator[Case]:
     """Shapes and optimizers in every mode; ``quick``: of the smallest models alone."""
     optimizers = ("adamw", "galore8bit", "galore")
-    for shape in ("tiny", "grouped") if quick else SHAPES:
+    for shape in ("tiny", "grouped") if quick else ("tiny", "60m", "130m", "grouped"):
         batch, sequence = (2, 128) if shape in ("60m", "130m") else (4, 128)
         for weights in ("fp32", "bf16"):
             for checkpointing in ("none", "layer"):
@@ -105,6 +109,10 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
             for mode in ({"gradients": "factored"}, LIGHT, {**LIGHT, "checkpointing": "layer", "basis_format": "int8"}):
                 yield Case(shape, "galore8bit", batch, sequence, {"weights": "int8", **mode, "step": step})
             yield Case(shape, "galore8bit", 1, 8, {"weights": "int8", **LIGHT, "step": step})
+    for weights in ("fp32", "bf16"):
+        for tokens in (8, 300):
+            for mode in ({}, {"gradients": "factored"}, LIGHT):
+                yield Case("exact", "galore8bit", 1, tokens, {"weights": weights, **mode, "step": "refresh"})
     for optimizer in ("adamw8bit", "galore_torch", "galore_torch8bit"):
         yield Case("tiny", optimizer, 4, 128, {"weights": "bf16", "step": "ordinary"})
         yield Case("tiny", optimizer, 1, 8, {"weights": "bf16", "step": "refresh"})

@@ -64,6 +64,8 @@ def plan(model: str | Path | LlamaShape, optimizer: str = "galore8bit", **option
     loss, and gradients set to None between steps. Not counted: what libraries take for themselves (CUDA's context,
     cuBLAS, LAPACK), and what PyTorch's allocator rounds up and can't use again.
 
+    A first step, which finds the first bases and makes the state, takes no more than one that refreshes.
+
     Args:
         model: a name of ``MODELS``, the path of a ``config.json`` or of its folder, or a shape.
         optimizer: a name of ``OPTIMIZERS``. options: fields of ``Settings``; without ``step``, the fuller of both.

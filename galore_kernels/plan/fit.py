@@ -72,7 +72,8 @@ def solve(model: str | Path | LlamaShape, optimizer: str, unknown: str, budget: 
     if least.peak > budget:
         raise PlanError(
             f"{unknown}={unit} takes {least.peak / 1e9:.2f} GB ({least.moment}): expected at most "
-            f"{budget / 1e9:.2f} GB; try gradients=factored, updates=layerwise, weights=int8 or checkpointing=layer, or a larger card"
+            f"{budget / 1e9:.2f} GB; try gradients=factored, updates=layerwise, weights=int8 or checkpointing=layer, "
+            "or a larger card"
         )
     most = _largest(lambda count: planned(count).peak <= budget, limit)
     following = planned(most + 1) if most < limit else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,8 @@ class LiveBytes(TorchDispatchMode):
             kinds[tensor] += 1
         rows = sorted(kinds.items(), key=lambda item: -item[0].bytes * item[1])[:lines]
         return "\n".join(
-            f"{kind.bytes * count:>14,} {count:>4} x {kind.shape!s:<20} {kind.dtype!s:<14} {kind.made_by} ({kind.phase})"
-            for kind, count in rows
+            f"{kind.bytes * n:>14,} {n:>4} x {kind.shape!s:<20} {kind.dtype!s:<14} {kind.made_by} ({kind.phase})"
+            for kind, n in rows
         )
 
     def __torch_dispatch__(

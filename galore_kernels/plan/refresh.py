@@ -31,6 +31,7 @@ def refresh_bytes(settings: Settings, matrix: Matrix, count: int) -> tuple[int, 
     copied = settings.dtype != torch.float32 and (settings.device == "cpu" or columns is None)
     copy = matrix.numel * _FLOAT if copied else 0
     thin = _exact(long, short, rank) if columns is None else _krylov(long, short, rank, columns)
+    thin = max(thin, _settling(short, rank))
     if settings.device == "cpu":  # each followed by its update
         return copy + thin, 0
     return batch_size(count, (long, short), columns) * (copy + thin), count * found
@@ -46,15 +47,15 @@ def _from_factors(tokens: int, long: int, short: int, rank: int, columns: int | 
         return max(copying, copies + max(multiplying, _krylov(long, short, rank, columns)))
     if tokens >= min(long, short):  # G itself is made
         return max(copying, copies + long * short * _FLOAT + _exact(long, short, rank))
-    triangles = (tokens * (long + short) + 2 * tokens**2) * _FLOAT  # of QR decompositions of both
-    return max(copying, copies + triangles + 2 * tokens**2 * _FLOAT)
+    triangles = (tokens * (long + short) + 4 * tokens**2) * _FLOAT  # of QR decompositions of both, and their product's
+    return max(copying, copies + max(triangles, _settling(short, rank)))
 
 
 def _krylov(long: int, short: int, rank: int, columns: int) -> int:
     """Bytes of a randomized search at the fullest of three moments."""
     space = 2 * columns
     # The second block's left vectors are made orthonormal: their successor, and the factors of their Gram matrix.
-    factoring = _FLOAT * long * columns + 6 * _DOUBLE * columns**2
+    factoring = _FLOAT * long * columns + _factoring(columns)
     # The singular vectors are taken from all products in double, by the eigenvectors of their Gram matrix: these come
     # and are put in falling order; in float they give vectors, which are made of unit length.
     double = _DOUBLE * (space * short + space**2)
@@ -66,6 +67,16 @@ def _krylov(long: int, short: int, rank: int, columns: int) -> int:
 def _krylov_blocks(long: int, short: int, columns: int) -> int:
     """Of two blocks: the products Q.T @ G, the right vectors they started from, the left vectors Q."""
     return 2 * columns * (short + short + long) * _FLOAT
+
+
+def _factoring(columns: int) -> int:
+    """Of making columns orthonormal: their Gram matrix, and in double that, scaled, shifted, factored and inverted."""
+    return (6 * _DOUBLE + _FLOAT) * columns**2
+
+
+def _settling(short: int, rank: int) -> int:
+    """Of any search in the end: the singular vectors, with their signs chosen, and made orthonormal."""
+    return 3 * _FLOAT * short * rank + _factoring(rank)
 
 
 def _exact(long: int, short: int, rank: int) -> int:
