@@ -181,8 +181,12 @@ def _rank(basis: Tensor, basis_scale: Tensor | None) -> int:
 
 def _workspace(param: Tensor, rank: int, side: str, threads: int) -> Tensor:
     rows, cols = param.shape
-    size = _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], DTYPE_CODES[param.dtype], threads)
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(workspace_bytes(rows, cols, rank, side, param.dtype, threads), dtype=torch.uint8)
+
+
+def workspace_bytes(rows: int, cols: int, rank: int, side: str, dtype: torch.dtype, threads: int) -> int:
+    """Scratch memory that an update of a weight takes beside R."""
+    return _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], DTYPE_CODES[dtype], threads)
 
 
 def _representable(lowrank: Tensor, threads: int) -> bool:

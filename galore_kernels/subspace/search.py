@@ -73,7 +73,7 @@ def search(
     """The subspaces of N gradients of one shape, dtype and device; r is at most min(L, S). See ``find_subspaces``."""
     largest = largest_magnitudes(grads)
     usable = [index for index, size in enumerate(largest) if 0.0 < size < math.inf]  # false for NaN as well
-    columns = _block_columns(grads[0].shape, rank, method)
+    columns = block_columns(grads[0].shape, rank, method)
     layers = _Layers(grads, largest, previous, sources, rank, columns)
     found: dict[int, Subspace] = {}
     with full_precision(), torch.autocast(grads[0].device.type, enabled=False):
@@ -83,10 +83,18 @@ def search(
     return [found[index] if index in found else layers.nothing(index) for index in range(len(grads))]
 
 
-def _block_columns(shape: torch.Size, rank: int, method: str) -> int | None:
+def block_columns(shape: tuple[int, ...], rank: int, method: str) -> int | None:
     """Columns of a cold start's blocks, or None where the decomposition is exact."""
     columns = -(-(rank + OVERSAMPLING) // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
     return None if method == "svd" or columns >= EXACT_FROM_FRACTION * min(shape) else columns
+
+
+def batch_size(count: int, shape: tuple[int, ...], columns: int | None) -> int:
+    """How many of ``count`` gradients are searched together where they can be: as even batches as they come."""
+    if columns is None:
+        return 1
+    bytes_each = 32 * columns * sum(shape)
+    return -(-count // max(1, -(-count * bytes_each // BATCH_BYTES)))
 
 
 @dataclass(frozen=True)
@@ -151,10 +159,7 @@ class _Layers:
         return found, failed
 
     def _split(self, indices: Sequence[int], together: bool) -> Iterator[list[int]]:
-        size = 1
-        if together and self.columns is not None:
-            bytes_each = 32 * self.columns * sum(self.grads[0].shape)
-            size = -(-len(indices) // max(1, -(-len(indices) * bytes_each // BATCH_BYTES)))  # as even as they come
+        size = batch_size(len(indices), self.grads[0].shape, self.columns) if together else 1
         return (list(indices[start : start + size]) for start in range(0, len(indices), max(1, size)))
 
     def _found(self, batch: list[int], *, cold: bool, failures: list[Tensor] | None) -> list[Subspace] | None:
