@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,14 +90,13 @@ class LowRankGradient:
     @property
     def weight(self) -> Tensor:
         """The weight (m, n), or its int8 codes."""
-        weight: Tensor = self.layer.stored_weight()[0]
-        return weight
+        codes: Tensor | None = getattr(self.layer, "weight_codes", None)
+        return cast(Tensor, self.layer.weight) if codes is None else codes
 
     @property
     def weight_scale(self) -> Tensor | None:
         """The scales of int8 codes (m, ceil(n / 256)), or None."""
-        scale: Tensor | None = self.layer.stored_weight()[1]
-        return scale
+        return cast("Tensor | None", getattr(self.layer, "weight_scale", None))
 
     def _after_backward(self, carrier: Tensor) -> None:
         if self._written is not None and carrier._version != self._written:
