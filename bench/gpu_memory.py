@@ -32,12 +32,12 @@ from report import write_json
 from galore_kernels.plan import plan
 from galore_kernels.plan.fit import parse_bytes
 from galore_kernels.plan.live import LiveBytes
+from galore_kernels.plan.shapes import find_model
 from galore_kernels.pretrain.config import Config
 from galore_kernels.pretrain.corpus import load_corpus
 from galore_kernels.pretrain.optimizers import build_optimizer
 from galore_kernels.pretrain.train import build_model
 
-VOCABULARY = 32000
 UNTIMED = 3
 
 
@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     if given.cap is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(parse_bytes(given.cap) / total, device)
-    model = build_model(config, VOCABULARY).train()
+    model = build_model(config, find_model(given.model).vocabulary).train()
     optimizer = build_optimizer(model, config)
     model.to(device)
     with tempfile.TemporaryDirectory() as cache:
@@ -79,7 +79,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss))  # waits for the device
+            losses.append(float(loss.detach()))  # waits for the device
             seconds.append(time.perf_counter() - begin)
     measured = live.peak if isinstance(live, LiveBytes) else torch.cuda.max_memory_allocated(device)
     ends = max(1, min(10, given.steps // 4))
