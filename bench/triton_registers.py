@@ -160,12 +160,35 @@ def _quantized_cases(architecture: str, stage: str, quick: bool) -> Iterator[Cas
             yield Case(stage, _batch((bf16, bf16, codes), 127, stochastic=True, aligned=False))
 
 
+def _int8_weight_cases(architecture: str, quick: bool) -> Iterator[Case]:
+    """Back-projections into int8 weights, whose gradients play no part in them."""
+    fp32, bf16, fp16 = _DTYPES
+
+    def case(basis: torch.dtype, rank: int, side: str = "right", *, aligned: bool = True) -> Case:
+        return Case(
+            "back_project_update", _batch((torch.int8, bf16, basis), rank, side, stochastic=True, aligned=aligned)
+        )
+
+    for bits, bases in ((16, (bf16, *_CODES)), (32, (fp32,))):
+        limits = configuration.limits(architecture, "back_project_update_int8", bits)
+        for basis in bases:
+            for rank in limits[-1:] if quick else limits:
+                for side in ("right",) if quick else ("right", "left"):
+                    if basis != torch.uint8 or rank > 16:
+                        yield case(basis, rank, side)
+            if not quick or basis == bf16:
+                yield case(basis, 127, aligned=False)
+    if not quick:
+        yield case(fp16, 128)
+
+
 def cases(architecture: str, *, quick: bool = False) -> Iterator[Case]:
     """The calls whose kernels are compiled: every tile of the table, or the largest of each stage and dtype."""
     fp32, bf16, fp16 = _DTYPES
     for stage in ("project", "back_project_update"):
         yield from _product_cases(architecture, stage, quick)
         yield from _quantized_cases(architecture, stage, quick)
+    yield from _int8_weight_cases(architecture, quick)
     for stage in ("prepare", "scale_and_check", "lowrank_adam", "quantize_blockwise", "dequantize_blockwise"):
         yield Case(stage, _batch((bf16, bf16, bf16), 128))
     yield Case("lowrank_adam", _batch((bf16, bf16, torch.int8), 128))

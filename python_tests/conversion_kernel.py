@@ -1,12 +1,14 @@
-"""A kernel that does nothing but convert: what the Triton backend's loads and stores do to a number."""
+"""Kernels that do nothing but convert: what the Triton backend's loads and stores do to a number."""
 
 from __future__ import annotations
 
 import triton
 from triton import language as tl
 
+from galore_kernels.backends.triton.codes import block_absmax
 from galore_kernels.backends.triton.elements import from_float, to_float
 from galore_kernels.backends.triton.products import upper_half
+from galore_kernels.backends.triton.quantized_weight import stochastic_codes, updated_scale
 
 
 @triton.jit
@@ -26,3 +28,21 @@ def split_kernel(x: tl.tensor, parts: tl.tensor, BLOCK: tl.constexpr) -> None:
         upper = upper_half(rest)
         tl.store(parts + i * BLOCK + tl.arange(0, BLOCK), upper)
         rest -= upper
+
+
+@triton.jit
+def requantize_kernel(
+    weight: tl.tensor,
+    scale: tl.tensor,
+    random16: tl.tensor,
+    codes: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """codes and the new scale, in place of the old, of an int8 weight with one group in a row."""
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    values = tl.load(weight + elements)
+    new = updated_scale(block_absmax(values), tl.load(scale + rows))
+    tl.store(codes + elements, stochastic_codes(values, new, tl.load(random16 + elements)))
+    tl.store(scale + rows, new)

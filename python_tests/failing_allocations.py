@@ -29,14 +29,15 @@ class FailingAllocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if _allocates(func):
+        if allocates(func):
             self.count += 1
             if self.count == self.fail_at:
                 raise self.error(f"allocation {self.count}, of {func}")
         return func(*args, **(kwargs or {}))
 
 
-def _allocates(func: Any) -> bool:
+def allocates(func: Any) -> bool:
+    """Whether an operation returns new memory."""
     # A returned tensor that is none of the arguments (as views and in-place results are) is new memory.
     returns = func._schema.returns
     return any("Tensor" in str(value.type) and value.alias_info is None for value in returns)

@@ -78,7 +78,8 @@ class Grouping:
                 for i, (param, grad, state) in enumerate(zip(group.params, grads, group.states, strict=True)):
                     assert param.is_contiguous()
                     assert grad.is_contiguous()
-                    assert grad.shape == param.shape
+                    lowrank = group.operation == "lowrank_update"
+                    assert grad.shape == (state.exp_avg.shape if lowrank else param.shape)
                     assert not torch.is_autocast_enabled("cpu")
                     own = replace(options, rounding_seed=seeds[i])
                     if group.operation == "adam8bit_update":

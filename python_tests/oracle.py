@@ -101,7 +101,7 @@ def requantize_weight(weight: Array, scale: Array, bits16: Array) -> tuple[Array
         new[:, group] = np.where((64 * old <= largest) & (largest <= 127 * old), old, largest / 112)
         spread = new[:, group, None]
         x = np.divide(weight[:, part], spread, out=np.zeros_like(weight[:, part]), where=spread > 0)
-        up = bits16[:, part] < (x - np.floor(x)) * 65536
+        up = bits16[:, part] < np.rint((x - np.floor(x)) * 65536)
         codes[:, part] = np.clip(np.floor(x) + up, -127, 127)
     return codes, new
 

@@ -89,7 +89,8 @@ def test_the_library_needs_torch_alone(path: Path) -> None:
         if name == "triton" and module_name(path).startswith("galore_kernels.backends.triton."):
             continue  # whose stages are imported when they are first used
         # The program and the integrations may use extras; hosts are imported when they are used.
-        lazily = part in ("integrations", "plan") and not at_import
+        exports = module_name(path) == "galore_kernels.nn.export"
+        lazily = (part in ("integrations", "plan") or exports) and not at_import
         assert part == "pretrain" or lazily, f"{module_name(path)} imports {name}"
 
 

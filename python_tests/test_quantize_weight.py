@@ -73,9 +73,10 @@ def test_a_group_of_zeros_has_no_scale() -> None:
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_weights_that_did_not_move_keep_codes_and_scales(columns: int) -> None:
     codes, scale = quantize_weight(weights_of_many_sizes(9, columns))
-    for seed in range(20):
-        weight = dequantize_weight(codes, scale, torch.float32)
-        new_codes, new_scale = requantize_weight(weight, scale, random16(weight, seed))
+    weight = dequantize_weight(codes, scale, torch.float32)
+    # The least and the largest random number: c * scale / scale misses c on either side.
+    for bits16 in (0, 65535):
+        new_codes, new_scale = requantize_weight(weight, scale, torch.full_like(codes, bits16, dtype=torch.int64))
         assert_same_bits(new_codes, codes, "codes")
         assert_same_bits(new_scale, scale, "scale")
 

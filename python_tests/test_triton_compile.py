@@ -102,6 +102,8 @@ def test_every_rounding_is_ieees(kernels: list[Kernel]) -> None:
     for k in of(kernels, "lowrank_adam", "adam_update"):
         assert "div.rn.f32" in k["ptx"]
         assert "sqrt.rn.f32" in k["ptx"]
+    for k in of(kernels, "back_project_update", where=lambda k: "update int8/" in k["case"]):
+        assert "div.rn.f32" in k["ptx"]
     for k in of(kernels, "prepare"):
         assert "div.rn.f64" in k["ptx"]
         assert "sqrt.rn.f64" in k["ptx"]

@@ -95,6 +95,19 @@ def test_a_basis_codes_take_the_tile_of_what_they_are_multiplied_with(
                 assert choose(batch(rank, dtype, basis_dtype=codes)) == choose(batch(rank, dtype))
 
 
+@pytest.mark.parametrize("basis_dtype", [torch.bfloat16, torch.float32, torch.int8, torch.uint8])
+def test_a_tile_of_an_int8_weight_is_one_group_wide(architecture: str, basis_dtype: torch.dtype) -> None:
+    for rank in (1, 16, 17, 127, 128, 1024):  # around the table's steps; an odd one, of which packed codes aren't even
+        for aligned in (True, False):
+            of_codes = batch(rank, torch.int8, aligned=aligned, basis_dtype=basis_dtype, grad_dtype=torch.bfloat16)
+            with override(architecture=architecture, back_project_update={"columns": 64}):
+                assert configuration.back_project_update_tile(of_codes).columns == 256
+                assert configuration.back_project_update_tile(batch(rank, aligned=aligned)).columns == 64
+            with override(back_project_update_int8={"rows": 16}):
+                assert configuration.back_project_update_tile(of_codes).rows == 16
+                assert configuration.back_project_update_tile(of_codes).columns == 256
+
+
 def test_rows_of_packed_codes_may_be_aligned_where_the_directions_are_not(architecture: str) -> None:
     with override(architecture=architecture):
         for choose in (configuration.project_tile, configuration.back_project_update_tile):
@@ -215,6 +228,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"project": {"precision": "tf32"}}, "precision must be ieee, tf32x3 or bf16x6, got 'tf32'"),
     ({"lowrank_adam": {"rows": 16}}, "lowrank_adam takes a mapping of blocks, warps"),
     ({"rotate_moments": {"blocks": 4}}, "rotate_moments takes a mapping of columns, depth"),
+    ({"back_project_update_int8": {"columns": 128}}, "update_int8 takes a mapping of depth, precision, rows, stages"),
     ({"splits": 0}, "splits must be an integer >= 1, got 0"),
     ({"architecture": "sm_70"}, "architecture must be one of sm_80, sm_89, sm_90, got 'sm_70'"),
 ]

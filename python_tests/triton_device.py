@@ -37,20 +37,32 @@ def galore_update(
     scale: float,
     basis_scale: Tensor | None = None,
     operation: str = "galore_update",
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, AdamState]:
-    """The operation by the Triton backend on copies; CPU tensors in, CPU tensors out."""
+    """The operation by the Triton backend on copies; CPU tensors in, CPU tensors out. But ``weight_scale`` changes."""
     weight, moved = param.to(DEVICE, copy=True), moved_state(state)
-    scales = None if basis_scale is None else basis_scale.to(DEVICE)
+    scales, weight_scales = (None if x is None else x.to(DEVICE) for x in (basis_scale, weight_scale))
     BACKEND.kernels[operation](
-        weight, grad.to(DEVICE), basis.to(DEVICE), None, scales, moved, moved_options(options), side, scale
+        weight,
+        grad.to(DEVICE),
+        basis.to(DEVICE),
+        None,
+        scales,
+        moved,
+        moved_options(options),
+        side,
+        scale,
+        weight_scales,
     )
+    if weight_scale is not None and weight_scales is not None:
+        weight_scale.copy_(weight_scales)
     return weight.cpu(), moved_state(moved, torch.device("cpu"))
 
 
 def group_update(
     group: UpdateGroup, grads: list[Tensor], options: AdamOptions, steps: int = 1
 ) -> list[tuple[Tensor, AdamState]]:
-    """The update of a group of CPU tensors on copies, ``steps`` times."""
+    """The update of a group of CPU tensors on copies, ``steps`` times. But ``weight_scales`` change."""
     cpu = torch.device("cpu")
     there = replace(
         group,
@@ -58,9 +70,12 @@ def group_update(
         states=tuple(map(moved_state, group.states)),
         bases=tuple(basis.to(DEVICE) for basis in group.bases),
         basis_scales=tuple(basis_scale.to(DEVICE) for basis_scale in group.basis_scales),
+        weight_scales=tuple(weight_scale.to(DEVICE) for weight_scale in group.weight_scales),
     )
     assert BACKEND.group is not None
     update = BACKEND.group(there)
     for _ in range(steps):
         update([grad.to(DEVICE) for grad in grads], moved_options(options))
+    for kept, changed in zip(group.weight_scales, there.weight_scales, strict=True):
+        kept.copy_(changed)
     return [(param.cpu(), moved_state(state, cpu)) for param, state in zip(there.params, there.states, strict=True)]

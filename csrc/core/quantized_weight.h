@@ -24,8 +24,10 @@ GK_HOST_DEVICE float weight_scale(float absmax, float old_scale) {
 }
 
 // The code of an updated weight, as a whole number, rounded stochastically by random16, uniform on 0..65535: with
-// x = value / scale, floor(x) or, with the probability x - floor(x), floor(x) + 1. NaN, of an infinite weight or scale,
-// has the code 0. F is float, or a CPU kernel's vector of floats; floor is called with magnitudes up to 127.
+// x = value / scale, floor(x) or, with the probability x - floor(x), floor(x) + 1. The probability is a number of
+// 65536ths, to nearest even, which hides the rounding of x: c * scale / scale may miss c by half of one. NaN, of an
+// infinite weight or scale, has the code 0. F is float, or a CPU kernel's vector of floats; floor is called with
+// magnitudes up to 127.
 template <class F, class Floor>
 GK_HOST_DEVICE F weight_code_number(F value, float scale, F random16, const Floor& floor) {
     const F x = scale > 0.0f ? value / scale : F{};
@@ -36,7 +38,9 @@ GK_HOST_DEVICE F weight_code_number(F value, float scale, F random16, const Floo
     const F within = above > largest ? largest : above;
     const F number = within == within ? within : F{};
     const F whole = floor(number);
-    return random16 < (number - whole) * 65536.0f ? whole + 1.0f : whole;
+    constexpr float kUnit = 8388608.0f;  // 2^23: floats from there on are whole numbers
+    const F share = (number - whole) * 65536.0f + kUnit - kUnit;
+    return random16 < share ? whole + 1.0f : whole;
 }
 
 GK_HOST_DEVICE std::int8_t weight_code(float value, float scale, std::uint32_t random16) {

@@ -2,7 +2,7 @@
 
 from galore_kernels.nn.export import plain_state_dict, save_safetensors
 from galore_kernels.nn.factored_linear import FactoredLinear, Int8Linear, WeightCodes
-from galore_kernels.nn.lowrank_gradient import LowRankGradient, lowrank_gradient_of
+from galore_kernels.nn.lowrank_gradient import LowRankGradient, Pairs, lowrank_gradient_of
 from galore_kernels.nn.prepare import prepare, unprepare
 from galore_kernels.nn.targets import ALL_LINEAR, TargetModules, nothing_matches, target_linears
 
@@ -11,6 +11,7 @@ __all__ = [
     "FactoredLinear",
     "Int8Linear",
     "LowRankGradient",
+    "Pairs",
     "TargetModules",
     "WeightCodes",
     "lowrank_gradient_of",

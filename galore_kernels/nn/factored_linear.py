@@ -33,8 +33,10 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(saved, weight, weight_scale)
         ctx.key, ctx.is_projected = key, is_projected
-        bias = None if bias is None else bias.to(inputs.dtype)
-        return nn.functional.linear(inputs, _dense(weight, weight_scale, inputs.dtype), bias)
+        if weight_scale is not None:
+            autocast = torch.is_autocast_enabled(inputs.device.type)
+            weight = dequantize_weight(weight, weight_scale, inputs.dtype if autocast else carrier.dtype)
+        return nn.functional.linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -73,20 +75,13 @@ class FactoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """As ``nn.Linear``'s."""
-        rows = input
+        if not (torch.is_grad_enabled() and self.lowrank.requires_grad):
+            return super().forward(input)
+        rows, gradient = input, self.gradient
         if torch.is_autocast_enabled(input.device.type):
             rows = input.to(torch.get_autocast_dtype(input.device.type))
-        if not (torch.is_grad_enabled() and self.lowrank.requires_grad):
-            bias = None if self.bias is None else self.bias.to(rows.dtype)
-            return nn.functional.linear(rows, _dense(*self.stored_weight(), rows.dtype), bias)
-        gradient = self.gradient
-        # A compiled graph would be another for each set of layers that keep their inputs.
-        projects = (
-            gradient.side == "right"
-            and gradient.basis is not None
-            and not gradient.keeps_factors
-            and not torch.compiler.is_compiling()
-        )
+        # A compiled graph would be another for each set of layers that keep their inputs: it may not even ask.
+        projects = not torch.compiler.is_compiling() and gradient.projects
         with torch.no_grad():
             saved = gradient.projected(rows) if projects else rows.detach()
         return _Linear.apply(rows, saved, *self.stored_weight(), self.bias, self.lowrank, gradient.key, projects)
@@ -101,7 +96,15 @@ class FactoredLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.gradient.bind(self)
+        if not self.gradient.is_bound:  # as a tied layer's is
+            self.gradient.bind(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
+        carrier = self.lowrank
+        super()._apply(fn, recurse)
+        if self.lowrank is not carrier:  # from the meta device parameters move as new ones
+            self.gradient.bind(self)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -121,6 +124,10 @@ class FactoredLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         missing_keys[:] = [key for key in missing_keys if key != prefix + CARRIER]
+        device = self.stored_weight()[0].device
+        if self.lowrank.device != device:  # with assign=True
+            self.lowrank = nn.Parameter(torch.zeros_like(self.lowrank, device=device))
+            self.gradient.bind(self)
 
 
 class WeightCodes(nn.Parameter):

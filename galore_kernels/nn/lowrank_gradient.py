@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from galore_kernels.subspace import Factors, project_rows
+from galore_kernels.subspace import project_rows
+
+#: dY (T, m) and X (T, n) of each of several backward passes.
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Owner(Protocol):
     """The optimizer of a ``LowRankGradient``."""
 
-    def find_first_basis(self, gradient: LowRankGradient, factors: Factors) -> None:
+    def find_first_basis(self, gradient: LowRankGradient, factors: Pairs) -> None:
         """Gives ``gradient`` the first basis, found in ``factors``, unless they hold no directions."""
 
 
@@ -34,7 +37,9 @@ class LowRankGradient:
         side: "left" or "right". rank: r.
         basis: P (S, r), or its codes; None before there is one. basis_scale: (r,) of codes, else None.
         keeps_factors: whether the backward passes until the optimizer's next step keep dY and X, for a refresh.
-        factors: those that they have kept: pairs of dY (T, m) and X (T, n).
+        factors: those that they have kept.
+        projects: whether forward passes keep X @ P instead of X. It changes between steps only: a forward pass that is
+            done again for the backward pass has to keep what it kept before.
         key: what the operation in a compiled graph finds it by.
     """
 
@@ -43,23 +48,30 @@ class LowRankGradient:
         self.basis: Tensor | None = None
         self.basis_scale: Tensor | None = None
         self.keeps_factors = False
-        self.factors: list[tuple[Tensor, Tensor]] = []
+        self.factors: Pairs = []
+        self.projects = False
         self.owner: weakref.ref[Owner] | None = None
         self.bind(layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no optimizer yet, and its layer binds it.
-        gone = dict.fromkeys(("owner", "key", "_layer", "_written"))
-        return {**self.__dict__, **gone, "factors": [], "keeps_factors": False}
+        # A copy has no optimizer yet, which gives it a basis, and its layer binds it.
+        gone = dict.fromkeys(("owner", "key", "_layer", "_written", "basis", "basis_scale"))
+        return {**self.__dict__, **gone, "factors": [], "keeps_factors": False, "projects": False}
 
     def bind(self, layer: nn.Linear) -> None:
         """Takes ``layer``, which holds weight and carrier, for its own."""
         self._layer = weakref.ref(layer)
         self._written: int | None = None
+        self._is_accumulated = False
         self.key = id(self)
         _by_key[self.key] = self
         _by_carrier[self.carrier] = weakref.ref(self)
         self.carrier.register_post_accumulate_grad_hook(self._after_backward)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it has a layer."""
+        return self._layer is not None
 
     @property
     def layer(self) -> Any:
@@ -78,14 +90,13 @@ class LowRankGradient:
     @property
     def weight(self) -> Tensor:
         """The weight (m, n), or its int8 codes."""
-        weight: Tensor = self.layer.stored_weight()[0]
-        return weight
+        codes: Tensor | None = getattr(self.layer, "weight_codes", None)
+        return cast(Tensor, self.layer.weight) if codes is None else codes
 
     @property
     def weight_scale(self) -> Tensor | None:
         """The scales of int8 codes (m, ceil(n / 256)), or None."""
-        scale: Tensor | None = self.layer.stored_weight()[1]
-        return scale
+        return cast("Tensor | None", getattr(self.layer, "weight_scale", None))
 
     def _after_backward(self, carrier: Tensor) -> None:
         if self._written is not None and carrier._version != self._written:
@@ -94,6 +105,7 @@ class LowRankGradient:
                 "carries it, which has no value: give the prepared model to a galore_kernels optimizer and to no other"
             )
         self._written = carrier._version
+        self._is_accumulated = True
         if carrier.grad is not None:
             carrier.data = carrier.grad
 
@@ -113,7 +125,7 @@ class LowRankGradient:
             self._look_at(grad_output, saved)
         if self.basis is None:
             # Zeros, unless a factor isn't finite, which whoever looks at gradients has to see.
-            return torch.zeros_like(self.carrier) + (grad_output.sum() + saved.sum()) * 0
+            return torch.zeros_like(self.carrier) + (grad_output * 0).sum() + (saved * 0).sum()
         if self.side == "left":
             lowrank = saved.T @ self.projected(grad_output)
         else:
@@ -128,8 +140,10 @@ class LowRankGradient:
                     "a backward pass through a prepared layer that no optimizer has: make the optimizer from the "
                     "prepared model's parameters before the first backward pass, or unprepare the model"
                 )
-            owner.find_first_basis(self, Factors([(grad_output, inputs)]))
+            owner.find_first_basis(self, [(grad_output, inputs)])
         elif self.keeps_factors:
+            if self._is_accumulated and self.carrier.grad is None:  # somebody has given up what there was
+                self.factors, self._is_accumulated = [], False
             self.factors.append((grad_output, inputs))
 
     def release(self) -> None:
@@ -142,6 +156,13 @@ class LowRankGradient:
         there = state is not None and state["refreshes"] > 0
         self.basis = state["basis"] if state is not None and there else None
         self.basis_scale = state.get("basis_scale") if state is not None and there else None
+
+    def begin_step(self, state: Mapping[str, Any] | None, *, keeps_factors: bool) -> None:
+        """Forgets the last step's factors. ``keeps_factors``: if there is a basis, whether to keep this one's."""
+        self.use(state)
+        self.factors = []
+        self.keeps_factors = keeps_factors and self.basis is not None
+        self.projects = self.side == "right" and self.basis is not None and not self.keeps_factors
 
 
 _by_key: weakref.WeakValueDictionary[int, LowRankGradient] = weakref.WeakValueDictionary()

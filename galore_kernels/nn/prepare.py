@@ -48,6 +48,10 @@ def prepare(
     The optimizer updates the codes, rounding stochastically; the forward and the backward pass dequantize one layer's
     at a time. See ``galore_kernels.nn.Int8Linear`` for their ``state_dict``, ``plain_state_dict`` for a plain model's.
 
+    Where ``torch.distributed`` has several processes, they find each basis together, in the mean of their gradients,
+    as DDP's averaging of R asks for: each has to use all prepared layers in its first backward pass, in one order.
+    Its exchange is that of one gradient of full size for each refresh of a layer, for the gradient's norm.
+
     Layers are changed in place: hooks, names, ``state_dict`` keys and shapes stay. Layers that share a weight share its
     gradient; layers whose weight does not require a gradient are left alone.
 
@@ -119,6 +123,7 @@ def unprepare(model: Model) -> Model:
             own = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
             weights[key] = cast(nn.Parameter, own)
             weights[key].requires_grad_(True)
+        layer.gradient.owner = None
         delattr(layer, CARRIER)
         if isinstance(layer, Int8Linear):
             del layer.weight_codes, layer.weight_scale
@@ -131,16 +136,23 @@ def unprepare(model: Model) -> Model:
 def _check(name: str, layer: nn.Linear) -> None:
     if isinstance(layer, FactoredLinear):
         raise ValueError(f"{name}: it is prepared already; unprepare the model first, or name other target_modules")
+    if not layer.weight.requires_grad:
+        return
     if type(layer) is not nn.Linear:
         raise ValueError(
             f"{name}: expected a torch.nn.Linear, got {type(layer).__name__}, whose forward pass may be another; "
             "leave it out of target_modules"
         )
-    if layer.weight.requires_grad and layer.weight.dtype not in DTYPES:
+    if type(layer.weight) is not nn.Parameter:
+        raise ValueError(
+            f"{name}: expected its weight to be a plain torch.nn.Parameter, got {type(layer.weight).__name__}: it is "
+            "computed from others (weight_norm, pruning) or sharded; prepare the model before, or leave the layer out"
+        )
+    if layer.weight.dtype not in DTYPES:
         raise ValueError(
             f"{name}: expected a float32, bfloat16 or float16 weight, got {layer.weight.dtype}; convert it"
         )
-    if layer.weight.requires_grad and layer.weight.numel() == 0:
+    if layer.weight.numel() == 0:
         raise ValueError(f"{name}: its weight is empty; leave it out of target_modules")
 
 

@@ -79,6 +79,8 @@ class GaLoreAdam(OneByOne):
         self._ranks_are_explicit = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
         self._forget()
         super().__init__(entries, defaults)
+        self._is_made = True
+        self._adopt()
 
     # ------------------------------------------------------------------ groups
 
@@ -119,7 +121,8 @@ class GaLoreAdam(OneByOne):
             if gradient is not None:
                 check_factored(gradient, {**self.defaults, **group}, where)
         super().add_param_group(group)
-        self._adopt()
+        if self._is_made:
+            self._adopt()
 
     def _check_new_params(self, entries: list[Any], where: str) -> None:
         present = {id(param) for group in self.param_groups for param in group["params"]}
@@ -215,6 +218,7 @@ class GaLoreAdam(OneByOne):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+        self._is_made = True
         self._adopt()
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ be told a step ahead to keep its factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from galore_kernels.nn import LowRankGradient
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.options import AUTO
+from galore_kernels.optim.processes import factors_of
 from galore_kernels.optim.refresh import Found, changes, due_at, find_bases, take_over
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import Factors, projection_side
+from galore_kernels.subspace import projection_side
 
 #: A parameter, what was found for it, and the number of the step in whose factors.
 Finding = tuple[Update, Found, int]
@@ -44,6 +46,17 @@ def check_factored(factored: LowRankGradient, group: Mapping[str, Any], where: s
         )
 
 
+def check_owner(gradients: Iterable[LowRankGradient], optimizer: object) -> None:
+    """Raises RuntimeError unless the layers take their low-rank gradients in the bases of ``optimizer``."""
+    for gradient in gradients:
+        if gradient.owner is None or gradient.owner() is not optimizer:
+            raise RuntimeError(
+                f"a layer of shape {tuple(gradient.weight.shape)} that was prepared has another optimizer now, made "
+                "later, in whose basis its gradient is, or is unprepared; step with the optimizer that was made last, "
+                "or load this one's state_dict into itself to return to it"
+            )
+
+
 def find(updates: Iterable[Update], states: Mapping[Tensor, Mapping[str, Any]], done: Collection[int]) -> list[Finding]:
     """What the factors of this step hold for parameters that are due. Changes nothing.
 
@@ -52,11 +65,12 @@ def find(updates: Iterable[Update], states: Mapping[Tensor, Mapping[str, Any]], 
     found: list[Finding] = []
     for update in updates:
         factored, state = update.factored, states.get(update.param)
-        if factored is None or not factored.factors or not state or id(update.param) in done:
+        if factored is None or not factored.keeps_factors or not state or id(update.param) in done:
             continue
         step = int(state["step"])
-        if step >= due_at(update, state):
-            found.append((update, find_bases([update], [state], [Factors(factored.factors)])[0], step))
+        factors = factors_of(update, factored.factors) if step >= due_at(update, state) else None
+        if factors is not None:
+            found.append((update, find_bases([update], [state], [factors])[0], step))
     return found
 
 
@@ -77,19 +91,25 @@ def take_over_bases(findings: list[Finding], states: Mapping[Tensor, dict[str, A
     return reset
 
 
-def tell_layers(updates: Iterable[Update], states: Mapping[Tensor, dict[str, Any]], counters: Counters) -> None:
-    """Gives layers the bases of the states, and asks those that may be due in the next step to keep their factors."""
+def tell_layers(updates: Iterable[Update], states: Mapping[Tensor, dict[str, Any]], counters: Counters) -> float:
+    """Gives layers the bases of the states, and asks those that may be due in the next step to keep their factors.
+
+    Returns the call of the optimizer before which they have to be told again.
+    """
+    earliest = math.inf
     for update in updates:
         factored, state = update.factored, states.get(update.param)
         if factored is None:
             continue
-        factored.use(state)
-        factored.factors = []
-        factored.keeps_factors = factored.basis is not None and bool(state) and _may_be_due(update, state, counters)
+        call = _call_of_refresh(update, state, counters) if state else counters.calls
+        factored.begin_step(state, keeps_factors=call <= counters.calls)
+        earliest = min(earliest, call)
+    return earliest
 
 
-def _may_be_due(update: Update, state: Mapping[str, Any] | None, counters: Counters) -> bool:
-    if state is None:
-        return False
+def _call_of_refresh(update: Update, state: Mapping[str, Any], counters: Counters) -> int:
+    """The earliest call in which the parameter may be due."""
     due, counter = due_at(update, state), counters.of(state)
-    return int(state["step"]) >= due if counter is None else counter.call_of(due) <= counters.calls
+    if counter is None:
+        return counters.calls + max(0, due - int(state["step"]))
+    return counters.calls if counter.captured else counter.call_of(due)  # a graph's replays count unseen

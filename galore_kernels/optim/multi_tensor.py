@@ -70,12 +70,13 @@ def observe(
     states: States,
     grads: Sequence[Tensor | None],
     weights: Sequence[Tensor],
+    carriers: Collection[int] = (),
 ) -> object:
     """What the checks and the plan of a step rest on, in values that are cheap to get and to compare.
 
     Learning rates and the gradients' addresses, which are new in every step, are left out. Equal to nothing, not to
     itself either, if an option is a tensor, which may change in place. ``grads``: of all parameters. ``weights``: those
-    whose low-rank gradients parameters carry.
+    whose low-rank gradients parameters carry. ``carriers``: ids of these, which lie where their gradients do.
     """
     options: list[Any] = []
     for group in groups:
@@ -86,6 +87,7 @@ def observe(
             return math.nan
         options.append((kinds, values, len(group["params"])))
     params = [*(param for group in groups for param in group["params"]), *weights]
+    placed = [param for param in params if id(param) not in carriers] if carriers else params
     present = [grad for grad in grads if grad is not None]
     own = own_states(states)
     # One list for each fact, not one tuple for each tensor: a map over a method of C takes a third of the time. A
@@ -93,7 +95,7 @@ def observe(
     return (
         options,
         list(map(id, params)),
-        list(map(Tensor.data_ptr, params)),
+        list(map(Tensor.data_ptr, placed)),
         list(map(_dtype, params)),
         list(map(_shape, params)),
         list(map(_is_leaf, params)),

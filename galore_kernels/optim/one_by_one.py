@@ -63,7 +63,8 @@ class OneByOne(SteppingOptimizer):
         param, state = update.param, self.state.get(update.param)
         states = {} if state is None else {param: state}
         group = {**update.group, "params": [param]}
-        seen = multi_tensor.observe([group], states, [param.grad], [update.weight])
+        carriers = {id(param)} if update.factored is not None else ()
+        seen = multi_tensor.observe([group], states, [param.grad], [update.weight], carriers)
         plan = self._singles.get(id(param))
         if plan is None or not plan.holds(seen, self._select):
             plan = self._plan_of([update], unscaling, capture=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from galore_kernels.nn.factored_linear import CARRIER
 from galore_kernels.optim.checksum import state_checksum
 from galore_kernels.optim.options import KNOWN, STRUCTURAL, check_group
 from galore_kernels.optim.state import Layout, check_state
@@ -140,5 +141,9 @@ def _check_names(old: list[str] | None, new: list[str] | None, where: str) -> No
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without the prefixes that DDP and torch.compile put before or into it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """A parameter's name without the prefixes that DDP and torch.compile put before or into it.
+
+    One that carries a prepared layer's gradient has its weight's name: the state is the same.
+    """
+    layer, _, own = name.replace("_orig_mod.", "").removeprefix("module.").rpartition(".")
+    return f"{layer}.{'weight' if own == CARRIER else own}"

@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from galore_kernels import ops
-from galore_kernels.nn import LowRankGradient, lowrank_gradient_of
+from galore_kernels.nn import LowRankGradient, Pairs, lowrank_gradient_of
 from galore_kernels.ops import registry
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
@@ -23,6 +23,7 @@ from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Gradients, Plan
 from galore_kernels.optim.options import check_lr, check_param, check_scheduled, matrix_shape
 from galore_kernels.optim.pending import Pending
+from galore_kernels.optim.processes import factors_of
 from galore_kernels.optim.refresh import (
     Found,
     batches,
@@ -37,7 +38,7 @@ from galore_kernels.optim.scalars import LearningRates, Unscaling
 from galore_kernels.optim.skip_monitor import SkipMonitor, Watched
 from galore_kernels.optim.state import Layout, adam_state
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import Factors, Gradient, phases
+from galore_kernels.subspace import Gradient, phases
 
 _WRAPPERS = ("galore_kernels", "torch")
 
@@ -51,6 +52,8 @@ class SteppingOptimizer(Optimizer):
 
     _eight_bit: ClassVar[bool]
     _backend: str
+    # Until then, prepared layers are left to the optimizer that they may have.
+    _is_made = False
 
     # torch.amp.GradScaler then passes grad_scale and found_inf instead of unscaling and skipping itself.
     _step_supports_amp_scaling = True
@@ -75,6 +78,8 @@ class SteppingOptimizer(Optimizer):
         self._findings: list[factored.Finding] = []
         # Of the prepared layers.
         self._prepared: list[LowRankGradient] = []
+        # What was planned when these were last told of their bases, and the call before which they are again.
+        self._told: tuple[Plan | None, float] = None, 0
 
     def _named_params(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
         """(index over all groups, name for messages, parameter, group)."""
@@ -139,6 +144,7 @@ class SteppingOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        factored.check_owner(self._prepared, self)
         self._take_pending()
         unscaling = Unscaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         put_off = dict(self._put_off)
@@ -175,19 +181,22 @@ class SteppingOptimizer(Optimizer):
         try:
             if factored.take_over_bases(self._findings, self.state, self._backend):
                 self._plan = None
-            factored.tell_layers(plan.factored, self.state, self._counters)
+            told, call = self._told
+            if plan is not told or self._counters.calls >= call:
+                self._told = plan, factored.tell_layers(plan.factored, self.state, self._counters)
         except BaseException:
             everyone = [param for group in self.param_groups for param in group["params"]]
             self._interrupted = [(p, p.grad, p.grad._version) for p in everyone if p.grad is not None]
             raise
 
     @torch.no_grad()
-    def find_first_basis(self, gradient: LowRankGradient, factors: Factors) -> None:
+    def find_first_basis(self, gradient: LowRankGradient, factors: Pairs) -> None:
         """Called by a prepared layer's first backward pass. See ``galore_kernels.nn.LowRankGradient``."""
         if not self._everything:
             self._everything = {id(update.param): update for update in self._listed()}
         update = self._everything[id(gradient.carrier)]
-        if self._has_first_basis(update, factors):
+        together = factors_of(update, factors)
+        if together is not None and self._has_first_basis(update, together):
             gradient.use(self.state[update.param])
 
     def _has_first_basis(self, update: Update, gradient: Gradient) -> bool:
@@ -209,6 +218,7 @@ class SteppingOptimizer(Optimizer):
         self._everything = {}
         for gradient in self._prepared:
             gradient.owner = weakref.ref(self)
+        self._told = None, 0
         updates = [update for update in self._listed() if update.factored is not None] if self._prepared else []
         factored.tell_layers(updates, self.state, self._counters)
 
@@ -262,7 +272,8 @@ class SteppingOptimizer(Optimizer):
 
     def _observe(self, grads: list[Tensor | None]) -> object:
         weights = [gradient.weight for gradient in self._prepared]
-        return multi_tensor.observe(self.param_groups, self.state, grads, weights)
+        carriers = {id(gradient.carrier) for gradient in self._prepared}
+        return multi_tensor.observe(self.param_groups, self.state, grads, weights, carriers)
 
     def _select(self, device: torch.device) -> registry.Backend:
         return registry.select("adam8bit_update", self._backend, device)

@@ -85,7 +85,8 @@ def _dequantize(codes: Tensor, scale: Tensor, weight: Tensor) -> None:
 def requantize_weight(weight: Tensor, scale: Tensor, random16: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of an updated weight, rounded stochastically.
 
-    With x = weight / scale, the code is floor(x) + 1 with the probability x - floor(x), else floor(x).
+    With x = weight / scale, the code is floor(x) + 1 with the probability x - floor(x), else floor(x). The probability
+    is a number of 65536ths, to nearest even, so that a weight that is a code times the scale keeps that code.
 
     Args:
         weight: (m, n) float32.
@@ -101,5 +102,5 @@ def requantize_weight(weight: Tensor, scale: Tensor, random16: Tensor) -> tuple[
     spread = _per_element(new, weight.shape[1])
     x = torch.where(spread > 0, weight / spread, torch.zeros_like(weight))
     floor = x.floor()
-    codes = floor + (random16 < (x - floor) * 65536)
+    codes = floor + (random16 < ((x - floor) * 65536).round_())
     return codes.clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), new

@@ -3,7 +3,7 @@
 Everything here is plain PyTorch, and runs wherever PyTorch runs.
 """
 
-from galore_kernels.subspace.factors import Factors
+from galore_kernels.subspace.factors import AllReduce, Factors
 from galore_kernels.subspace.precision import full_precision
 from galore_kernels.subspace.products import Gradient, in_batches
 from galore_kernels.subspace.projection import project_rows
@@ -19,6 +19,7 @@ __all__ = [
     "RANK_MULTIPLE",
     "REFRESH_METHODS",
     "REFRESH_SCHEDULES",
+    "AllReduce",
     "Factors",
     "Gradient",
     "RankChoices",

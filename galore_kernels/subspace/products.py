@@ -108,7 +108,7 @@ class Matrices:
 
 def _norm(matrix: Tensor | ThinProduct) -> Tensor:
     if isinstance(matrix, ThinProduct):
-        return matrix.norm
+        return matrix.norm()
     return torch.linalg.vector_norm(matrix, dtype=torch.float32)
 
 

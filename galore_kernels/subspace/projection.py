@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from galore_kernels.quantizers import basis_codes
+from galore_kernels.quantizers import basis_codes, dequantize_basis
 
 
 def project_rows(rows: Tensor, basis: Tensor, basis_scale: Tensor | None) -> Tensor:
@@ -15,4 +16,6 @@ def project_rows(rows: Tensor, basis: Tensor, basis_scale: Tensor | None) -> Ten
     """
     if basis_scale is None:
         return rows @ basis.to(rows.dtype)
+    if rows.dtype == torch.float16:  # in which sums with codes, of up to 127, might overflow
+        return rows @ dequantize_basis(basis, basis_scale).to(rows.dtype)
     return (rows @ basis_codes(basis, len(basis_scale)).to(rows.dtype)) * basis_scale.to(rows.dtype)

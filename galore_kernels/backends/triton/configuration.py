@@ -11,6 +11,7 @@ or, for a whole process, by the same as JSON in the environment variable ``GALOR
     GALORE_KERNELS_TRITON='{"project": {"rows": 64, "warps": 4}, "splits": 2}' python train.py
 
 Keys are the stages' names, "splits" (into how many parts ``project`` cuts the short dimension) and "architecture".
+``back_project_update`` has the name "back_project_update_int8" where the weight is int8.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 
 from galore_kernels.backends.pipeline import Batch
 from galore_kernels.backends.triton.availability import interpreted
-from galore_kernels.quantizers import block_count
+from galore_kernels.quantizers import GROUP_SIZE, block_count
 
 ENVIRONMENT_VARIABLE = "GALORE_KERNELS_TRITON"
 
@@ -127,6 +128,23 @@ _PRODUCTS: dict[tuple[str, str, int], _Column] = {
     ("sm_80", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
     ("sm_89", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
     ("sm_90", "back_project_update", 32): {16: Tile(64, 64, 16, 4, 3), 32: Tile(64, 64, 32, 4, 3)},
+    # int8 weights: a tile is one group wide. What their codes take comes on top of the accumulator's registers.
+    ("sm_80", "back_project_update_int8", 16): {
+        16: Tile(64, GROUP_SIZE, 16, 8, 2),
+        32: Tile(64, GROUP_SIZE, 32, 8, 3),
+    },
+    ("sm_89", "back_project_update_int8", 16): {
+        16: Tile(64, GROUP_SIZE, 16, 8, 2),
+        32: Tile(64, GROUP_SIZE, 32, 8, 3),
+    },
+    ("sm_90", "back_project_update_int8", 16): {
+        16: Tile(64, GROUP_SIZE, 16, 8, 2),
+        32: Tile(64, GROUP_SIZE, 32, 8, 2),
+        64: Tile(64, GROUP_SIZE, 64, 8, 3),
+    },
+    ("sm_80", "back_project_update_int8", 32): {32: Tile(32, GROUP_SIZE, 32, 8, 2)},
+    ("sm_89", "back_project_update_int8", 32): {32: Tile(32, GROUP_SIZE, 32, 8, 2)},
+    ("sm_90", "back_project_update_int8", 32): {16: Tile(64, GROUP_SIZE, 16, 8, 3)},
 }
 
 # (architecture, stage, bits, largest columns or depth) -> what differs beside a basis' codes, whose conversion takes
@@ -144,6 +162,8 @@ _UNALIGNED = {
     ("project", 32): Tile(32, 32, 16, 4, 2),
     ("back_project_update", 16): Tile(32, 64, 32, 4, 2),
     ("back_project_update", 32): Tile(32, 32, 32, 4, 2),
+    ("back_project_update_int8", 16): Tile(16, GROUP_SIZE, 16, 8, 2),
+    ("back_project_update_int8", 32): Tile(16, GROUP_SIZE, 16, 8, 2),
 }
 
 # Once in many steps, on every architecture: small enough for two accumulators of three bfloat16 each.
@@ -162,9 +182,10 @@ _ELEMENTS = {
 # The interpreter pays for each operation of each program, and little for elements.
 _INTERPRETED_BLOCKS = 64
 _INTERPRETED_PRODUCT = Tile(128, 128, 128, 1, 1)
+_INTERPRETED_INT8 = replace(_INTERPRETED_PRODUCT, columns=GROUP_SIZE)
 
 _Overrides = Mapping[str, Any]
-_STAGES = ("project", "back_project_update", "rotate_moments", *_ELEMENTS)
+_STAGES = ("project", "back_project_update", "back_project_update_int8", "rotate_moments", *_ELEMENTS)
 _overrides: ContextVar[_Overrides | None] = ContextVar("galore_kernels_triton_overrides", default=None)
 
 
@@ -187,6 +208,8 @@ def _checked(overrides: _Overrides, where: str) -> _Overrides:
 
 def _check_tile(stage: str, changes: Any, where: str) -> None:
     known = {field.name for field in fields(ElementTile if stage in _ELEMENTS else Tile)}
+    if stage == "back_project_update_int8":
+        known.remove("columns")  # always one group
     if not isinstance(changes, Mapping) or not set(changes) <= known:
         raise ValueError(f"{where}: {stage} takes a mapping of {', '.join(sorted(known))}, got {changes!r}")
     for name, value in changes.items():
@@ -260,7 +283,7 @@ def limits(architecture: str, stage: str, bits: int) -> tuple[int, ...]:
 def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
     chosen = architecture(batch.device)
     if chosen == _OTHER and interpreted():
-        tile = _INTERPRETED_PRODUCT
+        tile = _INTERPRETED_INT8 if stage == "back_project_update_int8" else _INTERPRETED_PRODUCT
     elif batch.aligned and not (batch.basis_dtype == torch.uint8 and batch.rank % 2):
         # Packed codes of an odd rank may be aligned; the direction that they are multiplied with is not.
         key = ("sm_89" if chosen == _OTHER else chosen, stage, bits)
@@ -285,7 +308,8 @@ def project_tile(batch: Batch) -> Tile:
 def back_project_update_tile(batch: Batch) -> Tile:
     """The tile of ``back_project_update``."""
     bits = 16 if batch.factor_dtype != torch.float32 else 32
-    return _product_tile("back_project_update", batch, bits)
+    stage = "back_project_update_int8" if batch.weight_dtype == torch.int8 else "back_project_update"
+    return _product_tile(stage, batch, bits)
 
 
 def rotate_moments_tile() -> Tile:

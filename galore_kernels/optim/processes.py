@@ -1,0 +1,58 @@
+"""Data-parallel processes: those of a run find one basis together, in the mean of their gradients.
+
+Each has factors of its own tokens, while the low-rank gradients that are averaged have to be taken in one basis.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from galore_kernels.optim.update import Update
+from galore_kernels.subspace import AllReduce, Factors
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: The default process group, and the one that was made for it. In a group of its own the search can't be taken for, nor
+#: wait for, the gradients' all-reduce, which is under way in the same backward pass.
+_made: tuple[object, dist.ProcessGroup] | None = None
+
+
+def factors_of(update: Update, pairs: list[tuple[Tensor, Tensor]]) -> Factors | None:
+    """The factors of the sum of all processes' gradients; where there are no others, of ``pairs``. None of none.
+
+    Args:
+        pairs: (T, m) and (T, n) of each backward pass of this process; none where it has not used the layer.
+
+    Raises:
+        RuntimeError: another process is looking for another layer's basis.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Factors(pairs) if pairs else None
+    weight, all_reduce = update.weight, _all_reduce(dist.group.WORLD)
+    own = _DTYPES.index(pairs[0][0].dtype) if pairs else -1
+    said = torch.tensor([update.index, -update.index, own], device=weight.device)
+    all_reduce(said, largest=True)
+    last, first, dtype = said.tolist()
+    if last != -first:
+        raise RuntimeError(
+            f"{update.name}: other processes are looking for the subspace of another parameter; in the first backward "
+            "pass every process has to use all prepared layers, in the same order: see to that, or unprepare the model"
+        )
+    if dtype < 0:
+        return None
+    nothing = [weight.new_empty((0, size), dtype=_DTYPES[dtype]) for size in weight.shape]
+    return Factors(pairs or [(nothing[0], nothing[1])], all_reduce)
+
+
+def _all_reduce(world: object) -> AllReduce:
+    global _made
+    if _made is None or _made[0] is not world:
+        _made = world, dist.new_group()
+    group = _made[1]
+
+    def all_reduce(tensor: Tensor, *, largest: bool = False) -> None:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group)
+
+    return all_reduce
