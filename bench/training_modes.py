@@ -23,11 +23,11 @@ from typing import Any
 
 import machine
 import torch
-from galore_kernels.plan.live import LiveBytes
 from report import write_json
 from rich.console import Console
 from rich.table import Table
 
+from galore_kernels.plan.live import LiveBytes
 from galore_kernels.pretrain.config import Config
 from galore_kernels.pretrain.optimizers import build_optimizer
 from galore_kernels.pretrain.runlog import LOG_NAME, read_log
@@ -126,7 +126,8 @@ def read_losses(folder: Path, name: str, options: dict[str, Any]) -> dict[str, f
     for path in sorted(folder.glob(f"{name.replace(', ', '-')}-[0-9]*/{LOG_NAME}")):
         log = read_log(path)
         expected = Config.resolve({"optimizer": "galore8bit", **options}).to_dict()
-        different = {key for key, value in expected.items() if log[0]["config"].get(key) != value} - {"seed"}
+        config = Config.resolve(log[0]["config"]).to_dict()  # with the defaults of options that are newer than the log
+        different = {key for key, value in expected.items() if config[key] != value} - {"seed"}
         if log[-1]["kind"] != "final" or different:
             raise ValueError(f"{path}: expected a finished run of {options or 'the default'}, differs in {different}")
         losses[str(log[0]["config"]["seed"])] = log[-1]["validation_loss"]
