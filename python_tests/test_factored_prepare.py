@@ -188,7 +188,7 @@ def test_copies_are_prepared_and_apart(how: str) -> None:
 
 def test_nothing_keeps_a_model_that_is_gone() -> None:
     model = prepare(Model(), TARGETS, RANK)
-    key = model.mlp_up.gradient.key  # type: ignore[union-attr]
+    key = int(model.mlp_up.gradient.key)  # type: ignore[union-attr, arg-type]
     assert key in lowrank_gradient._by_key
     del model
     gc.collect()

@@ -99,6 +99,24 @@ def test_one_layers_weight_is_dequantized_at_a_time_and_not_kept() -> None:
     assert counted.alive_at_most == 1
 
 
+def test_a_frozen_layer_keeps_no_copy_either() -> None:
+    layer = prepare(nn.Sequential(nn.Linear(300, 300)), "all-linear", rank=8, weights="int8")[0]
+    assert isinstance(layer, Int8Linear)
+    layer.lowrank.requires_grad_(False)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(4, 300, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x).sum().backward()
+    assert max(tensor.nbytes for tensor in kept) == layer.weight_codes.nbytes  # the codes themselves
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand_as(x))
+
+
 def test_unmoved_weights_keep_their_codes() -> None:
     model = prepared()
     optimizer = optimizer_of(model)
@@ -204,6 +222,15 @@ def test_safetensors_hold_the_plain_model(tmp_path: Path, tied: bool) -> None:
     assert expected.keys() - loaded.keys() == ({"head.weight"} if tied else set())
     assert all(torch.equal(value, expected[key]) for key, value in loaded.items())
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_codes_that_are_assigned_are_codes_still() -> None:
+    model, other = prepared(), prepared()
+    run(model, optimizer_of(model), range(2))
+    other.load_state_dict(model.state_dict(), assign=True)
+    GaLoreFusedAdam8bit(other.parameters(), rank=RANK)
+    with torch.no_grad():
+        assert torch.equal(other(batch(0)), model(batch(0)))
 
 
 def test_layers_that_share_a_weight_share_its_codes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -91,13 +92,14 @@ def test_a_schedulers_rate_is_that_of_the_step() -> None:
 
 def test_one_gradient_exists_at_a_time() -> None:
     model, plain = made()
-    LayerwiseOptimizer(plain)
+    optimizer = LayerwiseOptimizer(plain)
     there: list[int] = []
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(
             lambda _: there.append(sum(param.grad is not None for param in model.parameters()))
         )
     backward_passes(model, 0)
+    optimizer.step()
     assert there == [0] * len(list(model.parameters()))  # after each, its own is gone too
 
 
@@ -158,10 +160,11 @@ def test_a_step_that_comes_early_takes_what_is_there() -> None:
 
 def test_more_passes_than_said_are_refused() -> None:
     model, plain = made()
-    LayerwiseOptimizer(plain)
+    optimizer = LayerwiseOptimizer(plain)
     backward_passes(model, 0)
     with pytest.raises(RuntimeError, match=r"gradient number 2 in a step of 1; call step\(\)"):
         backward_passes(model, 1)
+    optimizer.step()
 
 
 # ---------------------------------------------------------------------- clipping
@@ -364,6 +367,63 @@ def test_a_parameter_that_was_frozen_is_noticed() -> None:
     backward_passes(model, 0)
     with pytest.raises(RuntimeError, match="did not require one"):
         optimizer.step()
+    model.zero_grad()
+    optimizer = LayerwiseOptimizer(plain)  # the remedy that the message names
+    before = model.head.weight.detach().clone()
+    run(model, optimizer, range(1, 3))
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_the_last_of_several_wrappers_updates() -> None:
+    results = []
+    for wrappers in (1, 2):
+        model, plain = made()
+        kept = [LayerwiseOptimizer(plain) for _ in range(wrappers)]
+        run(model, kept[-1], range(3))
+        results.append(result(model, plain))
+    assert_same_snapshot(results[1], results[0])
+
+
+@pytest.mark.parametrize("by", ["detaching", "forgetting"])
+def test_a_wrapper_that_is_gone_updates_nothing(by: str) -> None:
+    model, plain = made()
+    optimizer = LayerwiseOptimizer(plain)
+    run(model, optimizer, range(2))
+    before = result(model, plain)
+    if by == "detaching":
+        optimizer.detach()
+    else:
+        del optimizer
+        gc.collect()
+    backward_passes(model, 2)
+    assert_same_snapshot(result(model, plain), before)
+    assert all(param.grad is not None for param in model.parameters())
+
+
+def test_gradients_whose_norm_overflows_are_skipped() -> None:
+    model, plain = made()
+    optimizer = LayerwiseOptimizer(plain, max_grad_norm=MOST)
+    run(model, optimizer, range(2))
+    handle = model.head.weight.register_hook(lambda grad: torch.full_like(grad, 3e18))
+    with pytest.warns(NonFiniteGradientWarning, match=r"head\.weight"):
+        run(model, optimizer, [2])
+    handle.remove()
+    assert list(optimizer.skipped_steps().values()) == [1]
+
+
+def test_zero_grad_before_step_leaves_the_step_to_be_ended() -> None:
+    results = []
+    for early in (False, True):
+        model, plain = made(factored=True)
+        optimizer = LayerwiseOptimizer(plain)
+        for step in range(STEPS):  # over refreshes, for which layers are told to keep their factors
+            backward_passes(model, step)
+            if early:
+                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(result(model, plain))
+    assert_same_snapshot(results[1], results[0])
 
 
 def test_what_cannot_be_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

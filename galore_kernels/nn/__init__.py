@@ -4,7 +4,7 @@ from galore_kernels.nn.export import plain_state_dict, save_safetensors
 from galore_kernels.nn.factored_linear import FactoredLinear, Int8Linear, WeightCodes
 from galore_kernels.nn.lowrank_gradient import LowRankGradient, Pairs, lowrank_gradient_of
 from galore_kernels.nn.prepare import prepare, unprepare
-from galore_kernels.nn.targets import ALL_LINEAR, TargetModules, nothing_matches, target_linears
+from galore_kernels.nn.targets import ALL_LINEAR, TargetModules, nothing_matches, stored_weight, target_linears
 
 __all__ = [
     "ALL_LINEAR",
@@ -19,6 +19,7 @@ __all__ = [
     "plain_state_dict",
     "prepare",
     "save_safetensors",
+    "stored_weight",
     "target_linears",
     "unprepare",
 ]

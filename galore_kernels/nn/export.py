@@ -10,22 +10,24 @@ from torch import nn
 from galore_kernels.nn.factored_linear import Int8Linear
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+def plain_state_dict(model: nn.Module, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
     """The ``state_dict`` that the model would have unprepared: int8 weights in the dtype that they had before.
 
-    It is made anew at each call, and takes the memory of a plain model.
+    It is made anew at each call, and takes the memory of a plain model on ``device``, where tensors are moved one by
+    one; None leaves each where it is.
     """
-    layers = {
-        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Int8Linear)
-    }
-    weights = {id(layer.gradient): layer.weight for layer in layers.values()}
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: layer for name, layer in modules if isinstance(layer, Int8Linear)}
+    moved: dict[object, torch.Tensor] = {}  # those that share their memory go on sharing it
     plain: dict[str, torch.Tensor] = {}
     for key, value in model.state_dict().items():
         name, _, own = key.rpartition(".")
+        place: object = (value.data_ptr(), value.shape, value.stride()) if value.numel() else key
         if name not in layers or own not in ("weight_codes", "weight_scale"):
-            plain[key] = value
+            plain[key] = moved[place] = moved[place] if place in moved else value.to(device=device)
         elif own == "weight_codes":
-            plain[f"{name}.weight" if name else "weight"] = weights[id(layers[name].gradient)]
+            weight = moved[place] if place in moved else layers[name].weight.to(device=device)
+            plain[f"{name}.weight" if name else "weight"] = moved[place] = weight
     return plain
 
 
@@ -45,7 +47,7 @@ def save_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ) from error
     tensors: dict[str, torch.Tensor] = {}
     written: set[tuple[int, torch.Size]] = set()
-    for key, value in plain_state_dict(model).items():
+    for key, value in plain_state_dict(model, "cpu").items():
         place = (value.data_ptr(), value.shape)
         if place not in written or value.numel() == 0:
             tensors[key] = value.detach().contiguous()

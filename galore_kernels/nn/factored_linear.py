@@ -28,26 +28,33 @@ class _Linear(torch.autograd.Function):
         weight_scale: Tensor | None,
         bias: Tensor | None,
         carrier: Tensor,
-        key: int,
+        key: Tensor,
         is_projected: bool,
     ) -> Tensor:
-        ctx.save_for_backward(saved, weight, weight_scale)
-        ctx.key, ctx.is_projected = key, is_projected
+        ctx.save_for_backward(saved, weight, weight_scale, key)
+        ctx.carrier_shape, ctx.carrier_dtype, ctx.is_projected = carrier.shape, carrier.dtype, is_projected
         if weight_scale is not None:
-            autocast = torch.is_autocast_enabled(inputs.device.type)
+            device = inputs.device.type
+            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
             weight = dequantize_weight(weight, weight_scale, inputs.dtype if autocast else carrier.dtype)
         return nn.functional.linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved, weight, weight_scale = ctx.saved_tensors
+        saved, weight, weight_scale, key = ctx.saved_tensors
         needs_inputs, _, _, _, needs_bias, needs_carrier, _, _ = ctx.needs_input_grad
         grad_inputs = grad_bias = grad_carrier = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if needs_carrier:
             grad_carrier = torch.ops.galore_kernels_nn.lowrank_gradient(
-                rows, saved.reshape(-1, saved.shape[-1]), ctx.key, ctx.is_projected
+                rows,
+                saved.reshape(-1, saved.shape[-1]),
+                key,
+                list(ctx.carrier_shape),
+                ctx.carrier_dtype,
+                ctx.is_projected,
+                torch.compiler.is_compiling(),
             )
         if needs_bias:
             grad_bias = rows.sum(0)
@@ -75,16 +82,18 @@ class FactoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """As ``nn.Linear``'s."""
-        if not (torch.is_grad_enabled() and self.lowrank.requires_grad):
+        weight, weight_scale = self.stored_weight()
+        # Autograd would keep what an int8 weight is dequantized to.
+        if not torch.is_grad_enabled() or (weight_scale is None and not self.lowrank.requires_grad):
             return super().forward(input)
-        rows, gradient = input, self.gradient
-        if torch.is_autocast_enabled(input.device.type):
-            rows = input.to(torch.get_autocast_dtype(input.device.type))
+        rows, gradient, device = input, self.gradient, input.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            rows = input.to(torch.get_autocast_dtype(device))
         # A compiled graph would be another for each set of layers that keep their inputs: it may not even ask.
         projects = not torch.compiler.is_compiling() and gradient.projects
         with torch.no_grad():
             saved = gradient.projected(rows) if projects else rows.detach()
-        return _Linear.apply(rows, saved, *self.stored_weight(), self.bias, self.lowrank, gradient.key, projects)
+        return _Linear.apply(rows, saved, weight, weight_scale, self.bias, self.lowrank, gradient.key, projects)
 
     def stored_weight(self) -> tuple[Tensor, Tensor | None]:
         """The weight (m, n), or its int8 codes with their scales."""
@@ -139,7 +148,8 @@ class Int8Linear(FactoredLinear):
 
     The weight is dequantized in the forward pass and again in the backward pass, and not kept in between. In
     ``state_dict`` it is ``weight_codes`` and ``weight_scale`` instead of ``weight``; a ``weight`` is quantized when it
-    is loaded. ``plain_state_dict`` gives the weights as a plain model has them.
+    is loaded. ``plain_state_dict`` gives the weights as a plain model has them: for Transformers save them by
+    ``model.save_pretrained(folder, state_dict=plain_state_dict(model))``, which else writes what no plain model loads.
 
     Attributes:
         weight_codes: int8 (m, n). weight_scale: float32 (m, ceil(n / 256)).
@@ -177,3 +187,5 @@ class Int8Linear(FactoredLinear):
             codes, scale = quantize_weight(weight)
             state_dict[prefix + "weight_codes"], state_dict[prefix + "weight_scale"] = codes, scale
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not isinstance(self.weight_codes, WeightCodes):  # with assign=True
+            self.weight_codes = WeightCodes(self.weight_codes.detach(), requires_grad=False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from galore_kernels.nn.targets import stored_weight
 from galore_kernels.subspace import project_rows
 
 #: dY (T, m) and X (T, n) of each of several backward passes.
@@ -40,7 +41,7 @@ class LowRankGradient:
         factors: those that they have kept.
         projects: whether forward passes keep X @ P instead of X. It changes between steps only: a forward pass that is
             done again for the backward pass has to keep what it kept before.
-        key: what the operation in a compiled graph finds it by.
+        key: what the operation in a compiled graph finds it by: a tensor, so that equal layers share a graph.
     """
 
     def __init__(self, layer: nn.Linear, side: str, rank: int) -> None:
@@ -63,8 +64,8 @@ class LowRankGradient:
         self._layer = weakref.ref(layer)
         self._written: int | None = None
         self._is_accumulated = False
-        self.key = id(self)
-        _by_key[self.key] = self
+        _by_key[id(self)] = self
+        self.key = torch.tensor(id(self))
         _by_carrier[self.carrier] = weakref.ref(self)
         self.carrier.register_post_accumulate_grad_hook(self._after_backward)
 
@@ -90,8 +91,7 @@ class LowRankGradient:
     @property
     def weight(self) -> Tensor:
         """The weight (m, n), or its int8 codes."""
-        codes: Tensor | None = getattr(self.layer, "weight_codes", None)
-        return cast(Tensor, self.layer.weight) if codes is None else codes
+        return stored_weight(self.layer)
 
     @property
     def weight_scale(self) -> Tensor | None:
@@ -115,14 +115,15 @@ class LowRankGradient:
             raise RuntimeError("there is no basis yet")
         return project_rows(rows, self.basis, self.basis_scale)
 
-    def of(self, grad_output: Tensor, saved: Tensor, *, is_projected: bool) -> Tensor:
+    def of(self, grad_output: Tensor, saved: Tensor, *, is_projected: bool, is_borrowed: bool) -> Tensor:
         """R of one backward pass, (L, r) in the carrier's dtype.
 
         Args:
             grad_output: dY, (T, m). saved: X (T, n), or X @ P (T, r) if ``is_projected``.
+            is_borrowed: whether the memory of both may be written to afterwards, as a compiled graph's is.
         """
         if not is_projected:
-            self._look_at(grad_output, saved)
+            self._look_at(grad_output, saved, is_borrowed=is_borrowed)
         if self.basis is None:
             # Zeros, unless a factor isn't finite, which whoever looks at gradients has to see.
             return torch.zeros_like(self.carrier) + (grad_output * 0).sum() + (saved * 0).sum()
@@ -132,7 +133,7 @@ class LowRankGradient:
             lowrank = grad_output.T @ (saved if is_projected else self.projected(saved))
         return lowrank.to(self.carrier.dtype)
 
-    def _look_at(self, grad_output: Tensor, inputs: Tensor) -> None:
+    def _look_at(self, grad_output: Tensor, inputs: Tensor, *, is_borrowed: bool) -> None:
         if self.basis is None:
             owner = self.owner() if self.owner is not None else None
             if owner is None:
@@ -144,7 +145,8 @@ class LowRankGradient:
         elif self.keeps_factors:
             if self._is_accumulated and self.carrier.grad is None:  # somebody has given up what there was
                 self.factors, self._is_accumulated = [], False
-            self.factors.append((grad_output, inputs))
+            pair = (grad_output.clone(), inputs.clone()) if is_borrowed else (grad_output, inputs)
+            self.factors.append(pair)
 
     def release(self) -> None:
         """Gives up the memory of the last gradient, which whoever has updated the weight needs no more."""
@@ -171,23 +173,43 @@ _by_carrier: Any = WeakTensorKeyDictionary()
 
 def lowrank_gradient_of(param: Tensor) -> LowRankGradient | None:
     """What ``param`` carries the gradient of, if it is such a carrier."""
+    if not _by_carrier.data:  # nothing is prepared
+        return None
     reference = _by_carrier.get(param)
     return None if reference is None else reference()
 
 
 # Opaque to compilers: what it keeps, and the first search, are no part of a graph.
 _library = torch.library.Library("galore_kernels_nn", "DEF")
-_library.define("lowrank_gradient(Tensor grad_output, Tensor saved, int key, bool is_projected) -> Tensor")
+_library.define(
+    "lowrank_gradient(Tensor grad_output, Tensor saved, Tensor key, int[] shape, ScalarType dtype, bool is_projected, "
+    "bool is_borrowed) -> Tensor"
+)
 
 
-def _run(grad_output: Tensor, saved: Tensor, key: int, is_projected: bool) -> Tensor:
+def _run(
+    grad_output: Tensor,
+    saved: Tensor,
+    key: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    is_projected: bool,
+    is_borrowed: bool,
+) -> Tensor:
     with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
-        return _by_key[key].of(grad_output, saved, is_projected=is_projected)
+        return _by_key[int(key)].of(grad_output, saved, is_projected=is_projected, is_borrowed=is_borrowed)
 
 
-def _fake(grad_output: Tensor, saved: Tensor, key: int, is_projected: bool) -> Tensor:
-    carrier = _by_key[key].carrier
-    return grad_output.new_empty(carrier.shape, dtype=carrier.dtype)
+def _fake(
+    grad_output: Tensor,
+    saved: Tensor,
+    key: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    is_projected: bool,
+    is_borrowed: bool,
+) -> Tensor:
+    return grad_output.new_empty(shape, dtype=dtype)
 
 
 _library.impl("lowrank_gradient", _run, "CompositeExplicitAutograd")

@@ -41,7 +41,10 @@ def prepare(
     The first basis of a layer is found in its first backward pass, from dY and X, and used at once. Where a refresh is
     due, the layer keeps dY and X of the step's backward passes; the optimizer's step finds the next basis in them,
     which is used from the next step on (as with ``async_refresh=True`` without factored gradients). No (m, n) gradient
-    is formed then either, but with ``refresh_method="svd"`` and more tokens than min(m, n) one layer's at a time.
+    is formed then either, but where the decomposition is exact (``refresh_method="svd"``, and ranks of about half of
+    min(m, n)) and there are more tokens than min(m, n): then one layer's at a time. The factors of all micro-batches
+    are kept: with many of them, ``refresh_schedule="staggered"`` keeps those of a few layers at a time.
+    ``torch.autograd.grad`` is a backward pass too.
 
     With ``weights="int8"`` the layers keep their weights in int8, a scale for each group of 256 (after Q-GaLore, Zhang
     et al., arXiv 2407.08296): a byte for each element instead of two or four, and no copy of higher precision anywhere.
@@ -76,6 +79,10 @@ def prepare(
         raise ValueError('proj_type="full": expected one side for factored gradients; choose "std", "left" or "right"')
     if weights not in (None, "int8"):
         raise ValueError(f'weights={weights!r}: expected None or "int8"; None keeps the weights as they are')
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model: expected one that DDP does not wrap yet, for it has counted the gradients; prepare first"
+        )
     _refuse_wrappers(model)
     targets = target_linears(model, target_modules)
     layers = {name: layer for name, layer in targets.items() if layer.weight.requires_grad}
@@ -138,6 +145,11 @@ def _check(name: str, layer: nn.Linear) -> None:
         raise ValueError(f"{name}: it is prepared already; unprepare the model first, or name other target_modules")
     if not layer.weight.requires_grad:
         return
+    if "forward" in layer.__dict__:
+        raise ValueError(
+            f"{name}: its forward method was replaced, as Accelerate's hooks for offloading and device maps do, and "
+            "would still be the plain layer's; prepare the model before that, or leave the layer out"
+        )
     if type(layer) is not nn.Linear:
         raise ValueError(
             f"{name}: expected a torch.nn.Linear, got {type(layer).__name__}, whose forward pass may be another; "

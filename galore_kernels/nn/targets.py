@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 ALL_LINEAR = "all-linear"
 _HEAD_NAMES = ("lm_head", "output", "head", "embed_out", "classifier", "score")
@@ -13,14 +13,21 @@ _HEAD_NAMES = ("lm_head", "output", "head", "embed_out", "classifier", "score")
 TargetModules = str | Sequence[str]
 
 
+def stored_weight(layer: nn.Module) -> Tensor:
+    """The tensor that a layer keeps as its weight: of int8 ones the codes."""
+    codes: Tensor | None = getattr(layer, "weight_codes", None)
+    weight: Tensor = layer.weight if codes is None else codes  # type: ignore[assignment]
+    return weight
+
+
 def _output_head(model: nn.Module) -> set[int]:
     """ids of the output head's weight: what Transformers calls the output embeddings, else a layer named like one."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if head is not None:
-        return {id(head.weight)}
+        return {id(stored_weight(head))}
     return {
-        id(module.weight)
+        id(stored_weight(module))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _HEAD_NAMES
     }
@@ -53,7 +60,7 @@ def target_linears(model: nn.Module, target_modules: TargetModules) -> dict[str,
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if target_modules == ALL_LINEAR:
         head = _output_head(model)
-        return {name: module for name, module in linears.items() if id(module.weight) not in head}
+        return {name: module for name, module in linears.items() if id(stored_weight(module)) not in head}
     return {name: module for name, module in linears.items() if _matches(name, target_modules)}
 
 

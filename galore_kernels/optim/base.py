@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from galore_kernels.nn import WeightCodes, lowrank_gradient_of
 from galore_kernels.ops import registry
@@ -77,6 +78,8 @@ class GaLoreAdam(OneByOne):
         self._backend = backend
         # Given groups of which some carry a rank, exactly those are projected.
         self._ranks_are_explicit = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
+        #: Of the ``LayerwiseOptimizer`` that wraps this one.
+        self.layerwise_hooks: list[RemovableHandle] = []
         self._forget()
         super().__init__(entries, defaults)
         self._is_made = True
@@ -217,6 +220,7 @@ class GaLoreAdam(OneByOne):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("layerwise_hooks", [])
         self._forget()
         self._is_made = True
         self._adopt()

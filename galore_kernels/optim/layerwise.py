@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class LayerwiseOptimizer(Optimizer):
     not depend on it). "exact" runs the closure given to ``step`` twice, with the same random numbers: first for the
     norm, then for the updates; a norm that isn't finite skips the step. Of gradients that are added up as projections,
     the projections' norm counts.
+
+    A backward pass that raises half-way (out of memory, say) has updated the layers that it had come to.
 
     What can't be: GradScaler, whose step is skipped as a whole or not at all (use bfloat16; gradients that aren't
     finite skip their parameter's step, as ever); ranks "auto", which all gradients are needed for; DDP, which averages
@@ -85,7 +88,7 @@ class LayerwiseOptimizer(Optimizer):
         self.optimizer = optimizer
         self.accumulation_steps, self.max_grad_norm, self.clipping = accumulation_steps, max_grad_norm, clipping
         self._previous_norm: Tensor | None = None
-        self._begin()
+        self.detach()  # from one that wrapped it before
         super().__setstate__({})  # the hooks' dicts, and the step that schedulers know
         self._register(param for group in self.param_groups for param in group["params"])
 
@@ -97,10 +100,22 @@ class LayerwiseOptimizer(Optimizer):
         self._measures = False  # whether this backward pass is for the norm alone
         self._divisor: Tensor | None = None  # of all gradients, under exact clipping
 
-    def _register(self, params: Any) -> None:
-        for param in params:
-            if param.requires_grad:
-                param.register_post_accumulate_grad_hook(self._arrived)
+    def _register(self, params: Iterable[Tensor]) -> None:
+        arrived = weakref.WeakMethod(self._arrived)
+
+        def hook(param: Tensor) -> None:
+            method = arrived()
+            if method is not None:
+                method(param)
+
+        handles = self.optimizer.layerwise_hooks
+        handles += [param.register_post_accumulate_grad_hook(hook) for param in params if param.requires_grad]
+
+    def detach(self) -> None:
+        """Gives the parameters back to the wrapped optimizer: backward passes leave gradients, and update nothing."""
+        while self.optimizer.layerwise_hooks:
+            self.optimizer.layerwise_hooks.pop().remove()
+        self._begin()
 
     # ------------------------------------------------------------------ what others see of an optimizer
 
@@ -135,7 +150,8 @@ class LayerwiseOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         raise RuntimeError(
             "GradScaler with a LayerwiseOptimizer: the weights are updated before the scaler knows whether to skip the "
-            "step; train in bfloat16, or use the optimizer itself"
+            "step, and have been, by scaled gradients, if there was a backward pass: go back to a checkpoint, and "
+            "train in bfloat16, or use the optimizer itself"
         )
 
     def __repr__(self) -> str:
@@ -148,7 +164,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin()
+        self.detach()
         super().__setstate__({})
         self._register(param for group in self.param_groups for param in group["params"])
 
@@ -178,9 +194,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's. Gradients that wait to be used are dropped too."""
-        measures, divisor, squares = self._measures, self._divisor, self._squares
-        self._begin()
-        self._measures, self._divisor, self._squares = measures, divisor, squares  # a closure may call this
+        self._counts, self._sums = {}, {}  # what has been updated has: the step is still to be ended
         self.optimizer.zero_grad(set_to_none)
 
     # ------------------------------------------------------------------ a step
@@ -197,6 +211,7 @@ class LayerwiseOptimizer(Optimizer):
         update = self._updates[id(param)]
         count = self._counts.get(id(param), 0) + 1
         if count > self.accumulation_steps:
+            param.grad = None
             raise RuntimeError(
                 f"{update.name}: gradient number {count} in a step of {self.accumulation_steps}; call step() after "
                 f"every {self.accumulation_steps} backward passes, or raise accumulation_steps (reentrant activation "
@@ -223,7 +238,10 @@ class LayerwiseOptimizer(Optimizer):
         gradient = update.grad if lowrank is None else lowrank
         if self.max_grad_norm is not None:
             self._squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
-        if not self._measures:
+        if self._measures:
+            if update.factored is not None:
+                update.factored.factors = []
+        else:
             if lowrank is None:
                 self.optimizer.step_of(update, self._unscaling())
             else:
@@ -321,7 +339,8 @@ class LayerwiseOptimizer(Optimizer):
 
 def _divisor(norm: Tensor, most: float) -> Tensor:
     """What gradients of this norm are divided by, so that it is ``most`` at most."""
-    return (norm / most).clamp_min(1.0)
+    # Of a norm beyond float32 NaN, by which gradients are skipped, where infinity would make them zero.
+    return torch.where(norm.isfinite(), (norm / most).clamp_min(1.0), torch.nan)
 
 
 def _norm(squares: list[Tensor]) -> Tensor | None:

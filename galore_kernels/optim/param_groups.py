@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from galore_kernels.nn import FactoredLinear, TargetModules, nothing_matches, target_linears
+from galore_kernels.nn import FactoredLinear, TargetModules, nothing_matches, stored_weight, target_linears
 
 
 def galore_param_groups(
@@ -31,7 +31,7 @@ def galore_param_groups(
     """
     chosen = list(target_linears(model, target_modules).values())
     prepared = {id(layer.lowrank): layer for layer in model.modules() if isinstance(layer, FactoredLinear)}
-    targets = {id(layer.weight) for layer in chosen}
+    targets = {id(stored_weight(layer)) for layer in chosen}
     factored: dict[int, list[tuple[str, Tensor]]] = {}
     projected: list[tuple[str, Tensor]] = []
     rest: list[tuple[str, Tensor]] = []

@@ -289,15 +289,19 @@ class SteppingOptimizer(Optimizer):
 
     def _listed(self) -> list[Update]:
         """All parameters, unchecked."""
-        updates = [
-            Update(param, group, index, name, self._layout(param, group), factored=lowrank_gradient_of(param))
-            for index, name, param, group in self._named_params()
-        ]
+        everything = [(*entry, self._layout(*entry[2:])) for entry in self._named_params()]
+        gradients = {id(gradient.carrier): gradient for gradient in self._prepared}
         stored = {id(gradient.weight) for gradient in self._prepared}  # which others carry the gradients of
-        projected = [update for update in updates if update.layout.rank is not None and id(update.param) not in stored]
-        phase = phases([update.weight.numel() for update in projected])
-        placed = {update.index: replace(update, phase=own) for update, own in zip(projected, phase, strict=True)}
-        return [placed.get(update.index, update) for update in updates]
+        projected = [
+            (index, (gradients[id(param)].weight if id(param) in gradients else param).numel())
+            for index, _, param, _, layout in everything
+            if layout.rank is not None and id(param) not in stored
+        ]
+        phase = dict(zip([index for index, _ in projected], phases([size for _, size in projected]), strict=True))
+        return [
+            Update(param, group, index, name, layout, phase.get(index, 0.0), gradients.get(id(param)))
+            for index, name, param, group, layout in everything
+        ]
 
     def _with_chosen_ranks(self, updates: list[Update], unscaling: Unscaling) -> list[Update]:
         """``updates``, with ``rank="auto"`` decided where it wasn't; without the matrices for which it can't be yet."""
