@@ -3,7 +3,7 @@
 from galore_kernels.optim.galore import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim.layerwise import LayerwiseOptimizer
 from galore_kernels.optim.param_groups import galore_param_groups
-from galore_kernels.optim.step import NonFiniteGradientWarning
+from galore_kernels.optim.updating import NonFiniteGradientWarning
 
 __all__ = [
     "GaLoreFusedAdam8bit",

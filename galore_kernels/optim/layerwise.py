@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from galore_kernels.optim.base import GaLoreAdam
 from galore_kernels.optim.options import AUTO
 from galore_kernels.optim.scalars import Unscaling
-from galore_kernels.optim.step import warn_caller
 from galore_kernels.optim.update import Update
+from galore_kernels.optim.updating import warn_caller
 
 HEADER = "layerwise"
 

@@ -1,0 +1,225 @@
+"""What a step does to the parameters: groups of them in one call of a backend, or one after another."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from galore_kernels import ops
+from galore_kernels.ops import registry
+from galore_kernels.optim.counters import Counters
+from galore_kernels.optim.multi_tensor import Gradients, Plan
+from galore_kernels.optim.options import matrix_shape
+from galore_kernels.optim.pending import Pending
+from galore_kernels.optim.refresh import (
+    Found,
+    batches,
+    changes,
+    find_bases,
+    find_together,
+    is_asynchronous,
+    is_due,
+    take_over,
+)
+from galore_kernels.optim.scalars import LearningRates, Unscaling
+from galore_kernels.optim.skip_monitor import SkipMonitor, Watched
+from galore_kernels.optim.state import adam_state
+from galore_kernels.optim.update import Update
+
+_WRAPPERS = ("galore_kernels", "torch")
+
+
+class NonFiniteGradientWarning(UserWarning):
+    """A tensor's step was skipped because its gradient is NaN, infinite or too large to have a second moment."""
+
+
+class UpdatingOptimizer(Optimizer):
+    """How ``GaLoreAdam`` updates what a plan names. What it remembers, ``_forget`` may drop at any time."""
+
+    _eight_bit: ClassVar[bool]
+    _backend: str
+
+    def _forget(self) -> None:
+        self._plan: Plan | None = None
+        # The groups whose kernels have been launched.
+        self._loaded: set[frozenset[int]] = set()
+        self._counters = Counters()
+        self._rates = LearningRates()
+        self._monitor = SkipMonitor()
+        self._pending = Pending()
+
+    def _select(self, device: torch.device) -> registry.Backend:
+        return registry.select("adam8bit_update", self._backend, device)
+
+    def _update(
+        self,
+        plan: Plan,
+        grads: Gradients,
+        unscaling: Unscaling,
+        done: set[int],
+        finished: list[Tensor],
+        *,
+        capture: bool,
+    ) -> None:
+        """Updates what is not ``done``, and adds to ``finished`` what it has updated.
+
+        ``grads``: by the parameters' index.
+        """
+        groups, counters = plan.groups, self._counters
+        alone = plan.alone + [update for group in groups for update in group.due(counters, capturing=capture)]
+        apart = done.union([id(update.param) for update in alone])
+        if capture and alone:
+            raise RuntimeError(
+                f"{alone[0].name}: {plan.reason_to_be_alone(alone[0], self.state)}, so that its step can't be part of "
+                "a CUDA graph; take this step outside of the capture, or leave the parameter out"
+            )
+        for group in groups if capture else []:
+            if group.ids not in self._loaded:
+                raise RuntimeError(
+                    f"{group.members[0].name}: the kernels of its group have not been loaded yet, which a CUDA graph "
+                    "can't hold; take one more step outside of the capture"
+                )
+        for planned in groups:
+            options = self._options(planned.group, planned.device, unscaling, capture=capture)
+            some = planned.without(apart, self.state, options, counters)
+            if some is None:
+                continue
+            some.run(grads, options)
+            finished += some.params
+            self._loaded.add(some.ids)
+            if capture:
+                for counter in some.counters:
+                    counter.captured = True
+            elif some.device not in plan.watched:  # as the tests' stand-ins are: on the CPU no backend offers groups
+                for member, counter in zip(some.members, some.counters, strict=True):
+                    before, counter.skips = counter.skips, int(counter.skipped)
+                    self._report_skip(member.name, before, counter.skips)
+        rest = [update for update in alone if id(update.param) not in done]
+        for batch in batches(sorted(rest, key=lambda update: update.index), self.state):
+            found = find_together(batch, self.state)
+            for update in batch:
+                own_options = self._options(update.group, update.param.device, unscaling)
+                before, skips = self._apply(update, own_options, found.pop(id(update.param), None), finished)
+                # Last: a warning may be turned into an exception.
+                self._report_skip(update.name, before, skips)
+
+    def _options(
+        self, group: Mapping[str, Any], device: torch.device, unscaling: Unscaling, *, capture: bool = False
+    ) -> ops.AdamOptions:
+        """The scalars of a step, but for the rounding's seed, which each tensor has its own of."""
+        return ops.AdamOptions(
+            self._rates.on(device, group["lr"], id(group), capturing=capture),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=group["maximize"],
+            **unscaling.on(device),
+        )
+
+    def _look_at_skips(self, watched: Mapping[torch.device, Watched]) -> None:
+        for device, own in watched.items():
+            for name, before, skips in self._monitor.look(self._counters.calls, device, own):
+                self._report_skip(name, before, skips)
+
+    def _apply(
+        self,
+        update: Update,
+        options: ops.AdamOptions,
+        found: Found | None,
+        finished: list[Tensor],
+        lowrank: Tensor | None = None,
+    ) -> tuple[int, int]:
+        """Updates one parameter and adds it to ``finished``.
+
+        Args:
+            found: its subspaces, if they were searched already.
+            lowrank: its gradient in the subspace that it has, instead of the gradient.
+
+        Returns how many of its steps had been skipped as far as is known, and are now.
+        """
+        param, group, layout, target = update.param, update.group, update.layout, update.weight
+        is_lowrank = lowrank is not None or update.factored is not None
+        grad = update.grad if lowrank is None else lowrank
+        fresh = not self.state.get(param)
+        state = layout.new_state(param) if fresh else self.state[param]
+        step = before = int(state["step"])
+        skipped = int(state["skipped"])
+        options = replace(options, rounding_seed=update.rounding_seed(state))
+        due = lowrank is None and is_due(update, state)
+        later = due and is_asynchronous(update, state)
+        changed: dict[str, Any] = {}
+        weight, new, search = target, state, None
+        try:
+            search = self._pending.begin(update, state) if later else None
+            if due and not later:
+                found = found or find_bases([update], [state], [grad])[0]
+                changed = changes(update, state, found, step, self._backend)
+            new = {**state, **changed}
+            before = int(new["step"])
+            if layout.side is None:
+                ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
+            else:
+                weight = target.reshape(matrix_shape(target.shape))
+                operation = ops.lowrank_update if is_lowrank else ops.galore_update
+                operation(
+                    weight,
+                    grad.reshape(matrix_shape(grad.shape)),
+                    new["basis"],
+                    adam_state(new),
+                    options,
+                    side=layout.side,
+                    scale=float(group["scale"]),
+                    long_basis=new.get("long_basis"),
+                    basis_scale=new.get("basis_scale"),
+                    weight_scale=update.weight_scale,
+                    backend=self._backend,
+                )
+            int(state["step"])  # here the host waits, and here Ctrl-C strikes
+        finally:
+            # The kernel decides whether a step was taken. A step that raised has changed nothing of this parameter; a
+            # skipped one hasn't either: a basis found in a gradient that is not used goes with it.
+            steps, skips = int(new["step"]), int(state["skipped"])
+            taken = steps > before
+            if taken:
+                if weight.data_ptr() != target.data_ptr():
+                    target.copy_(weight.view(target.shape))
+                take_over(state, changed)
+            if fresh and (taken or skips):
+                self.state[param] = state
+            if taken or skips > skipped:
+                finished.append(param)
+            if taken and search is not None:
+                self._pending.keep(update, search, step)
+            if "step" in changed or changed.get("refreshes") == 1:
+                self._plan = None  # other seeds, or a first basis, so that it can be grouped with others
+        if param in self.state and self._select(param.device).group is not None:
+            skipped = self._counters.note(state, steps, skipped, skips)
+        return skipped, skips
+
+    def _report_skip(self, name: str, before: int, skipped: int) -> None:
+        if worth_telling(before, skipped):
+            warn_caller(
+                f"{name}: its gradient is NaN, infinite or beyond 1.8e19; its step was skipped, weight and state are "
+                f"unchanged ({skipped} skipped so far)"
+            )
+
+
+def worth_telling(before: int, now: int) -> bool:
+    """At 1, 2, 4, 8, ... skipped steps: a broken run is told of it without being drowned in it."""
+    return now.bit_length() > before.bit_length()
+
+
+def warn_caller(message: str) -> None:
+    """A ``NonFiniteGradientWarning`` that names the nearest frame that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WRAPPERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, NonFiniteGradientWarning, stacklevel=level + 1)
