@@ -67,12 +67,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--all-devices``: what interpreter and emulation would take a quarter of an hour more for."""
+    """``--all-devices``: what interpreter and emulation would take half an hour more for."""
     parser.addoption("--all-devices", action="store_true", help="every test of an operation on CUDA and Triton")
 
 
 #: Of so many of the operations' tests on a device's backend one runs where a CPU stands in for the device.
-ONE_OF = {"triton": 8, "cuda": 2}
+ONE_OF = {"triton": 16, "cuda": 4}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
