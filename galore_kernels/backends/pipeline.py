@@ -309,17 +309,8 @@ class Pipeline:
     ) -> None:
         """Contract: ``galore_kernels.ops.galore_update``."""
         weight, grad = param.contiguous(), grad.contiguous()
-        group = UpdateGroup(
-            "galore_update",
-            (weight,),
-            (state,),
-            (basis,),
-            side,
-            scale,
-            _seeds(options),
-            _scales(basis_scale),
-            _scales(weight_scale),
-        )
+        scales = _scales(basis_scale), _scales(weight_scale)
+        group = UpdateGroup("galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options), *scales)
         self.projected(with_gradients(make_batch(group), (grad,)), options, scale, long_basis)
         _write_back(param, weight)
 
@@ -338,17 +329,8 @@ class Pipeline:
     ) -> None:
         """Contract: ``galore_kernels.ops.lowrank_update``."""
         weight, grad = param.contiguous(), lowrank_grad.contiguous()
-        group = UpdateGroup(
-            "lowrank_update",
-            (weight,),
-            (state,),
-            (basis,),
-            side,
-            scale,
-            _seeds(options),
-            _scales(basis_scale),
-            _scales(weight_scale),
-        )
+        scales = _scales(basis_scale), _scales(weight_scale)
+        group = UpdateGroup("lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options), *scales)
         batch = with_gradients(make_batch(group), (grad,))
         if long_basis is None:
             long_side, scratch = None, _Scratch.of(batch, 1, batch.factor_dtype)

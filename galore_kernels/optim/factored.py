@@ -101,13 +101,13 @@ def tell_layers(updates: Iterable[Update], states: Mapping[Tensor, dict[str, Any
         factored, state = update.factored, states.get(update.param)
         if factored is None:
             continue
-        call = _call_of_refresh(update, state, counters) if state else counters.calls
+        call = call_of_refresh(update, state, counters) if state else counters.calls
         factored.begin_step(state, keeps_factors=call <= counters.calls)
         earliest = min(earliest, call)
     return earliest
 
 
-def _call_of_refresh(update: Update, state: Mapping[str, Any], counters: Counters) -> int:
+def call_of_refresh(update: Update, state: Mapping[str, Any], counters: Counters) -> int:
     """The earliest call in which the parameter may be due."""
     due, counter = due_at(update, state), counters.of(state)
     if counter is None:

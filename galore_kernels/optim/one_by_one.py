@@ -10,8 +10,7 @@ from torch import Tensor
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.counters import Counter
 from galore_kernels.optim.multi_tensor import Plan
-from galore_kernels.optim.options import check_param, check_scheduled, matrix_shape
-from galore_kernels.optim.refresh import due_at
+from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.scalars import Unscaling
 from galore_kernels.optim.step import SteppingOptimizer
 from galore_kernels.optim.update import Update
@@ -28,8 +27,7 @@ class OneByOne(SteppingOptimizer):
     @torch.no_grad()
     def begin_step(self) -> dict[int, Update]:
         """Checks the groups, takes over what asynchronous refreshes have found. All parameters, by their ids."""
-        for index, group in enumerate(self.param_groups):
-            check_scheduled(group, f"param group {index}")
+        self._check_groups()
         self._take_pending()
         self._everything = {id(update.param): update for update in self._listed()}
         return self._everything
@@ -55,10 +53,6 @@ class OneByOne(SteppingOptimizer):
         options = self._options(update.group, update.param.device, unscaling)
         self._report_skip(update.name, *self._apply(update, options, None, [], lowrank))
 
-    def _check(self, update: Update) -> None:
-        check_param(update.param, update.name)
-        update.check(self.state.get(update.param))
-
     def _single_plan(self, update: Update, unscaling: Unscaling) -> Plan:
         param, state = update.param, self.state.get(update.param)
         states = {} if state is None else {param: state}
@@ -81,8 +75,7 @@ class OneByOne(SteppingOptimizer):
         state = self.state.get(update.param)
         if update.layout.rank is None or update.factored is not None or not state or state["refreshes"] == 0:
             return True
-        due, counter = due_at(update, state), self._counters.of(state)
-        return int(state["step"]) >= due if counter is None else counter.call_of(due) <= self._counters.calls
+        return factored.call_of_refresh(update, state, self._counters) <= self._counters.calls
 
     @torch.no_grad()
     def find_first_basis_of(self, update: Update) -> None:

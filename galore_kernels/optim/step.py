@@ -251,13 +251,19 @@ class SteppingOptimizer(UpdatingOptimizer):
         return multi_tensor.observe(self.param_groups, self.state, grads, weights, carriers)
 
     def _collect(self, unscaling: Unscaling) -> list[Update]:
-        for group_index, group in enumerate(self.param_groups):
-            check_scheduled(group, f"param group {group_index}")
+        self._check_groups()
         updates = [u for u in self._listed() if u.param.grad is not None and u.param.numel() > 0]
         for update in updates:
-            check_param(update.param, update.name)
-            update.check(self.state.get(update.param))
+            self._check(update)
         return self._with_chosen_ranks(updates, unscaling)
+
+    def _check_groups(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            check_scheduled(group, f"param group {index}")
+
+    def _check(self, update: Update) -> None:
+        check_param(update.param, update.name)
+        update.check(self.state.get(update.param))
 
     def _listed(self) -> list[Update]:
         """All parameters, unchecked."""
