@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from galore_kernels.nn.lowrank_gradient import LowRankGradient
+from galore_kernels.nn.targets import stored_scale, stored_weight
 from galore_kernels.quantizers import dequantize_weight, quantize_weight
 
 #: The name of the carrier among the layer's parameters; see ``LowRankGradient``.
@@ -34,9 +35,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(saved, weight, weight_scale, key)
         ctx.carrier_shape, ctx.carrier_dtype, ctx.is_projected = carrier.shape, carrier.dtype, is_projected
         if weight_scale is not None:
-            device = inputs.device.type
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            weight = dequantize_weight(weight, weight_scale, inputs.dtype if autocast else carrier.dtype)
+            dtype = inputs.dtype if _is_autocast(inputs) else carrier.dtype
+            weight = dequantize_weight(weight, weight_scale, dtype)
         return nn.functional.linear(inputs, weight, bias)
 
     @staticmethod
@@ -63,6 +63,11 @@ class _Linear(torch.autograd.Function):
         return grad_inputs, None, None, None, grad_bias, grad_carrier, None, None
 
 
+def _is_autocast(inputs: Tensor) -> bool:
+    device = inputs.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _dense(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if weight_scale is None else dequantize_weight(weight, weight_scale, dtype)
 
@@ -82,22 +87,18 @@ class FactoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """As ``nn.Linear``'s."""
-        weight, weight_scale = self.stored_weight()
+        weight, weight_scale = stored_weight(self), stored_scale(self)
         # Autograd would keep what an int8 weight is dequantized to.
         if not torch.is_grad_enabled() or (weight_scale is None and not self.lowrank.requires_grad):
             return super().forward(input)
-        rows, gradient, device = input, self.gradient, input.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            rows = input.to(torch.get_autocast_dtype(device))
+        rows, gradient = input, self.gradient
+        if _is_autocast(input):
+            rows = input.to(torch.get_autocast_dtype(input.device.type))
         # A compiled graph would be another for each set of layers that keep their inputs: it may not even ask.
         projects = not torch.compiler.is_compiling() and gradient.projects
         with torch.no_grad():
             saved = gradient.projected(rows) if projects else rows.detach()
         return _Linear.apply(rows, saved, weight, weight_scale, self.bias, self.lowrank, gradient.key, projects)
-
-    def stored_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The weight (m, n), or its int8 codes with their scales."""
-        return self.weight, None
 
     def extra_repr(self) -> str:
         """Also side and rank."""
@@ -133,7 +134,7 @@ class FactoredLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         missing_keys[:] = [key for key in missing_keys if key != prefix + CARRIER]
-        device = self.stored_weight()[0].device
+        device = stored_weight(self).device
         if self.lowrank.device != device:  # with assign=True
             self.lowrank = nn.Parameter(torch.zeros_like(self.lowrank, device=device))
             self.gradient.bind(self)
@@ -162,10 +163,6 @@ class Int8Linear(FactoredLinear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight in the model's dtype: a copy, made anew each time."""
         return dequantize_weight(self.weight_codes, self.weight_scale, self.lowrank.dtype)
-
-    def stored_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Codes and scales."""
-        return self.weight_codes, self.weight_scale
 
     def quantize(self, weight: Tensor) -> None:
         """Makes ``weight`` (m, n) the layer's, rounded to nearest."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from galore_kernels.nn.targets import stored_weight
+from galore_kernels.nn.targets import stored_scale, stored_weight
 from galore_kernels.subspace import project_rows
 
 #: dY (T, m) and X (T, n) of each of several backward passes.
@@ -96,7 +96,7 @@ class LowRankGradient:
     @property
     def weight_scale(self) -> Tensor | None:
         """The scales of int8 codes (m, ceil(n / 256)), or None."""
-        return cast("Tensor | None", getattr(self.layer, "weight_scale", None))
+        return stored_scale(self.layer)
 
     def _after_backward(self, carrier: Tensor) -> None:
         if self._written is not None and carrier._version != self._written:

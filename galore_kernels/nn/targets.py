@@ -20,6 +20,12 @@ def stored_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
+def stored_scale(layer: nn.Module) -> Tensor | None:
+    """The scales of int8 codes, or None."""
+    scale: Tensor | None = getattr(layer, "weight_scale", None)
+    return scale
+
+
 def _output_head(model: nn.Module) -> set[int]:
     """ids of the output head's weight: what Transformers calls the output embeddings, else a layer named like one."""
     get = getattr(model, "get_output_embeddings", None)
