@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from galore_kernels.backends.reference.adam8bit_update import adam8bit_update
+from galore_kernels.backends.reference.apollo_update import apollo_update
 from galore_kernels.backends.reference.galore_update import galore_update, lowrank_update
 from galore_kernels.backends.reference.quantize_blockwise import dequantize_blockwise, quantize_blockwise
+from galore_kernels.backends.reference.random_basis import random_basis
 from galore_kernels.backends.reference.rotate_moments import rotate_moments
 from galore_kernels.ops.registry import Backend, register
 
@@ -25,6 +27,8 @@ register(
             "galore_update": galore_update,
             "lowrank_update": lowrank_update,
             "rotate_moments": rotate_moments,
+            "random_basis": random_basis,
+            "apollo_update": apollo_update,
         },
         refuses=_refuses,
         describe=lambda: {"devices": "any", "implementation": "plain PyTorch"},

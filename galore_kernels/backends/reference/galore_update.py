@@ -60,10 +60,10 @@ def lowrank_update(
     change = back_project(adam.adam_direction(m, v, options), basis, long_basis, basis_scale, side, param.dtype)
     old = param if weight_scale is None else dequantize_weight(param, weight_scale, torch.float32)
     weight = adam.updated_weight(old, change, adam.step_size(options, step) * scale, options)
-    adam.commit(_writes(param, weight_scale, weight, options.rounding_seed, step), m, v, state)
+    adam.commit(written_weight(param, weight_scale, weight, options.rounding_seed, step), m, v, state)
 
 
-def _writes(
+def written_weight(
     param: Tensor, weight_scale: Tensor | None, weight: Tensor, rounding_seed: int | None, step: int
 ) -> list[tuple[Tensor, Tensor]]:
     """(tensor, what it becomes) of the weight, or of its codes and scales."""
