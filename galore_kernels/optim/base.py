@@ -124,8 +124,8 @@ class LowRankOptimizer(OneByOne):
             For each that has a basis: ``rank``; ``captured``, the estimated share of the gradient's energy in it;
             ``overlap`` with the basis before, 1 if the subspace stayed and r / S if chance alone is left of it (None
             at the first); both None where bases are drawn; ``refreshes``; ``refreshed_at``, the steps taken before the
-            last; ``interval``, steps from then to the next. Takes over what an asynchronous refresh has found, for which
-            it waits.
+            last; ``interval``, steps from then to the next. Takes over what an asynchronous refresh has found, and
+            waits for it.
         """
         self._take_pending()
         report = {}
