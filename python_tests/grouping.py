@@ -18,7 +18,7 @@ from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
 from galore_kernels.ops.registry import Backend
 from galore_kernels.optim import multi_tensor, skip_monitor
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 Params = dict[str, nn.Parameter]
 
@@ -131,14 +131,16 @@ def take_for_device(grouping: Grouping, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(skip_monitor, "to_host", to_host)
 
 
-Make = Callable[[Params, str], GaLoreAdam]
+Make = Callable[[Params, str], LowRankOptimizer]
 
 
-def plain(params: Params, backend: str, optimizer_class: type[GaLoreAdam] = GaLoreFusedAdam8bit) -> GaLoreAdam:
+def plain(
+    params: Params, backend: str, optimizer_class: type[LowRankOptimizer] = GaLoreFusedAdam8bit
+) -> LowRankOptimizer:
     return optimizer_class(list(params.items()), **OPTIONS, backend=backend)
 
 
-def mixed(params: Params, backend: str) -> GaLoreAdam:
+def mixed(params: Params, backend: str) -> LowRankOptimizer:
     """Three groups that differ in everything, and tensors that can't be grouped between those that can."""
     own: list[dict[str, Any]] = [
         {"rank": 8, "update_proj_gap": 4, "betas": (0.5, 0.9)},
@@ -150,7 +152,7 @@ def mixed(params: Params, backend: str) -> GaLoreAdam:
     return GaLoreFusedAdam8bit(groups, **options, backend=backend)
 
 
-def pair(make: Make = plain, dtype: torch.dtype = torch.float32) -> tuple[tuple[GaLoreAdam, Params], ...]:
+def pair(make: Make = plain, dtype: torch.dtype = torch.float32) -> tuple[tuple[LowRankOptimizer, Params], ...]:
     """Grouped, and one tensor at a time: from the same weights."""
     shapes: dict[str, tuple[int, ...]] = SHAPES
     if make is mixed:
@@ -163,11 +165,11 @@ def pair(make: Make = plain, dtype: torch.dtype = torch.float32) -> tuple[tuple[
     return (make(params, "cuda"), params), (make(alone, "reference"), alone)
 
 
-def compare(both: tuple[tuple[GaLoreAdam, Params], ...]) -> None:
+def compare(both: tuple[tuple[LowRankOptimizer, Params], ...]) -> None:
     assert_same_snapshot(snapshot(*both[0]), snapshot(*both[1]))
 
 
-def steps(both: Sequence[tuple[GaLoreAdam, Params]], numbers: range) -> None:
+def steps(both: Sequence[tuple[LowRankOptimizer, Params]], numbers: range) -> None:
     """Steps with new gradients and learning rates each; in some, some have none or one of another layout."""
     for step in numbers:
         for optimizer, params in both:

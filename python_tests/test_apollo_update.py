@@ -223,11 +223,8 @@ def test_every_hyperparameter_follows_the_paper(backend: str, side: str, case: s
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("side", SIDES)
 def test_every_option_follows_the_paper(backend: str, side: str, name: str) -> None:
-    for norm, family in [
-        (0.0, "gaussian"),
-        (0.5, "rademacher"),
-        (1e6, "gaussian"),
-    ]:  # unknown, limiting, without effect
+    # Unknown; as good as; limiting; without effect.
+    for norm, family in [(0.0, "gaussian"), (1e-9, "gaussian"), (0.5, "rademacher"), (1e6, "gaussian")]:
         p = make_problem(37, 53, 5, side, apollo=OPTIONS[name], norm=norm, basis=family, weight_decay=0.1)
         check_against_float64(p, backend, f"norm {norm}")
 
@@ -366,6 +363,14 @@ def test_a_gradient_that_is_not_representable_changes_nothing(backend: str, valu
         assert_same_bits(got.scaled_norm, p.scaled_norm, "scaled_norm")
         assert got.state.skipped.item() == 1
         assert_same_state(replace(got.state, skipped=p.state.skipped), p.state)
+
+
+def test_gradients_of_extreme_size(backend: str) -> None:
+    for factor in (1e-15, 1e15):  # norms that count as unknown; as large as a sum of squares may become
+        p = make_problem(37, 53, 5, "left", norm=0.0)
+        p.state = AdamState.zeros(tuple(p.state.exp_avg.shape), eight_bit=False)
+        p.grad *= factor
+        check_against_float64(p, backend, f"times {factor}")
 
 
 def test_found_inf_changes_nothing_at_all(backend: str) -> None:

@@ -69,13 +69,14 @@ def apollo_update(
         u = Adam's direction of R before bias correction, from moments of shape (L, r)      see ``adam8bit_update``
         s_j = |u_j| / (|R_j| + 1e-8) for each long index j,  or one s = |u| / (|R| + 1e-8)        (section 4.1)
         n = |s g|, times sqrt(scale) with scale_front
-        l = max(n / (scaled_norm + 1e-8), limit) / limit, and 1 without a limit or where scaled_norm is 0
+        l = max(n / (scaled_norm + 1e-8), limit) / limit, and 1 without a limit or where scaled_norm <= 1e-8
         param = (param - lr sqrt(1 - beta2^t) / (1 - beta1^t) sqrt(scale) / l (s g)) (1 - lr weight_decay)
         scaled_norm = n / l
 
     where s multiplies the rows of g on side "right", the columns on side "left". n and l are computed in double, the
-    rest in float32; the weight is rounded once. ``scaled_norm`` = 0 means that no norm is known: also after a gradient
-    of zeros, behind which the reference implementation limits every step to 1e-8.
+    rest in float32; the weight is rounded once. A ``scaled_norm`` up to 1e-8 limits nothing: it is 0 before the first
+    step, and after a gradient of zeros, or of next to nothing, the growth from it would take a thousand steps to reach
+    an ordinary norm.
 
     If an element of R is NaN, infinite or beyond 1.8446743e19, or the sum of the squares of a long index of g is not
     finite, nothing changes but ``state.skipped``, which grows by one.
