@@ -112,7 +112,7 @@ class GaLoreAdam(OneByOne):
             group.setdefault("rank_budget", None)  # the constructor's is for those that are chosen
         betas = group.get("betas", self.defaults["betas"])
         group["betas"] = tuple(betas) if isinstance(betas, list) else betas
-        self._check_new_params(group["params"], where)
+        self._check_new_params(group, where)
         first = f' ("{_entry_name(group["params"][0])}")' if group["params"] and _entry_name(group["params"][0]) else ""
         check_group({**self.defaults, **group}, where + first)
         if undecided({**self.defaults, **group}):
@@ -127,9 +127,9 @@ class GaLoreAdam(OneByOne):
         if self._is_made:
             self._adopt()
 
-    def _check_new_params(self, entries: list[Any], where: str) -> None:
+    def _check_new_params(self, group: dict[str, Any], where: str) -> None:
         present = {id(param) for group in self.param_groups for param in group["params"]}
-        for position, entry in enumerate(entries):
+        for position, entry in enumerate(group["params"]):
             if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
                 raise TypeError(
                     f"{where}, parameter {position}: expected a tensor or a (name, tensor) pair, got a tuple of "
