@@ -166,6 +166,18 @@ def test_staggered_matrices_get_turns_of_their_own() -> None:
     assert {report["refreshes"] for report in optimizer.subspace_report().values()} == {2}
 
 
+def test_a_first_warm_search_that_captures_little_is_followed_by_a_cold_one() -> None:
+    theirs, params = trained_theirs(False, 5)
+    optimizer, copies = ours(False, params, warm_start=True, refresh_method="randomized")
+    import_state_dict(optimizer, theirs.state_dict())
+    copies["tall"].grad = torch.randn(
+        300, 64, generator=torch.Generator().manual_seed(0)
+    )  # 16 of 64 hold less than half
+    optimizer.step()
+    state = optimizer.state[copies["tall"]]
+    assert 0.2 < state["captured"] == state["captured_cold"] < 0.5
+
+
 # ---------------------------------------------------------------------- formats
 
 
