@@ -129,3 +129,16 @@ def test_a_projected_matrix_at_full_rank_here_says_what_to_do() -> None:
         ValueError, match=f"{WIDE[:-1]}0: the state is of a projected matrix.*give its group the key rank"
     ):
         import_state_dict(GaLoreFusedAdam8bit(groups, rank=None), state_dict)
+
+
+def test_names_are_compared_where_both_have_them() -> None:
+    params = make_params({"a": (30, 20), "b": (30, 20)})
+    theirs = torch.optim.AdamW(params.items())
+    train(theirs, params, [0])
+    import_state_dict(GaLoreFusedAdamW(params.values(), rank=None), theirs.state_dict())
+    named = GaLoreFusedAdamW(params.items(), rank=None)
+    import_state_dict(named, theirs.state_dict())
+    assert named.param_groups[0]["param_names"] == ["a", "b"]
+    exchanged = GaLoreFusedAdamW(reversed(params.items()), rank=None)
+    with pytest.raises(ValueError, match='parameter 0 is "a" there and "b" here'):
+        import_state_dict(exchanged, theirs.state_dict())

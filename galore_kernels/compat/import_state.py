@@ -25,7 +25,7 @@ _HIDDEN = "__bnb_optimizer_quant_state__"
 #: The group keys of theirs that say nothing here.
 _DROPPED = (
     "alpha", "amsgrad", "capturable", "correct_bias", "decoupled_weight_decay", "differentiable", "foreach", "fused",
-    "param_names", "t_alpha", "t_beta3",
+    "t_alpha", "t_beta3",
 )  # fmt: skip
 
 #: Largest deviation of a basis vector's length from 1: rounding of each entry to bfloat16 is 2^-9 of it.
@@ -103,8 +103,9 @@ def _groups(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> list[dict[s
                 raise ValueError(f"{where}: {key}={group[key]!r}, expected {wanted}; its training can't be continued")
         if not group.get("decoupled_weight_decay", True) and group.get("weight_decay"):
             raise ValueError(f"{where}: expected decoupled weight decay, got Adam's; its training can't be continued")
+        kept = {key: value for key, value in own.items() if key != "param_names"}
         options = {key: value for key, value in group.items() if key not in _DROPPED}
-        groups.append({**own, **options, "rank": group.get("rank"), "param_names": group.get("param_names")})
+        groups.append({**kept, **options, "rank": group.get("rank")})
     return groups
 
 
