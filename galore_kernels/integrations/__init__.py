@@ -1,1 +1,1 @@
-"""What joins the optimizers to their hosts. Each host is imported when it is used; nothing here is imported by the rest."""
+"""What joins the optimizers to their hosts. A host is imported when it is used; nothing else imports this."""
