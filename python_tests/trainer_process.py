@@ -50,18 +50,17 @@ def run(folder: Path, name: str, which: str) -> None:
     model: nn.Module = llama()
     if preparation is not None:
         prepare(model, TARGETS, RANK, **preparation)
-    args = arguments(folder / f"{name}-{which.replace('resumed', 'killed')}", max_steps=8, logging_steps=1, **changes)
+    output = folder / f"{name}-{which.replace('resumed', 'killed')}"
+    args = arguments(output, max_steps=8, logging_steps=1, **changes)
     args.save_strategy, args.save_steps = "steps", SAVED_AT
     chosen = trainer_optimizer(args, target_modules=TARGETS, rank=RANK, update_proj_gap=2, **options)
     if which == "resumed":
-        checkpoint = Path(args.output_dir) / f"checkpoint-{SAVED_AT}"
-        trainer = trained(model, args, chosen, resume=str(checkpoint))
+        trainer = trained(model, args, chosen, resume=str(output / f"checkpoint-{SAVED_AT}"))
     else:
         trainer = trained(model, args, chosen, callbacks=[Kill] if which == "killed" else [])
-    weights, state = model.state_dict(), trainer.optimizer.state_dict()
-    torch.save(
-        {"weights": weights, "state": state["state"], "log": trainer.state.log_history}, folder / f"{name}-{which}.pt"
-    )
+    assert trainer.optimizer is not None
+    results = {"weights": model.state_dict(), "state": trainer.optimizer.state_dict()["state"]}
+    torch.save({**results, "log": trainer.state.log_history}, folder / f"{name}-{which}.pt")
 
 
 def forked(work: Callable[[], None]) -> int:

@@ -33,7 +33,7 @@ def trainer_optimizer(
     target_modules: TargetModules | None = None,
     layerwise: bool = False,
     **options: Any,
-) -> tuple[type[TrainerOptimizerFactory], dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:  # the Trainer's annotation knows classes of optimizers only
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
 
     The optimizer gets all that TrainingArguments say of it: ``learning_rate``, ``weight_decay`` (of the parameters that
