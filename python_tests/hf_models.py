@@ -37,8 +37,14 @@ def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
 
 
 def trained(
-    model: nn.Module, args: TrainingArguments, optimizer: Any, *, resume: str | None = None, **more: Any
+    model: nn.Module,
+    args: TrainingArguments,
+    optimizer: Any,
+    *,
+    count: int = 64,
+    resume: str | None = None,
+    **more: Any,
 ) -> Trainer:
-    trainer = Trainer(model, args, train_dataset=texts(), optimizer_cls_and_kwargs=optimizer, **more)
+    trainer = Trainer(model, args, train_dataset=texts(count), optimizer_cls_and_kwargs=optimizer, **more)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

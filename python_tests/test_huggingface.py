@@ -167,12 +167,17 @@ def test_all_linear_leaves_out_the_output_head(spelling: str, tmp_path: Path) ->
         ({}, {"optimizer": "GaLoreFusedAdamw"}, r'did you mean "GaLoreFusedAdamW"'),
         ({}, {"optimizer": torch.optim.AdamW}, r"expected one of GaLoreFusedAdam8bit, .*with the option rank"),
         ({"optim_args": "rank"}, {}, r'optim_args=.rank.: expected "name=value'),
-        ({}, {"layerwise": True, "gradient_accumulation_steps": 2}, r"max_grad_norm=0"),
+        (
+            {"gradient_accumulation_steps": 2},
+            {"layerwise": True},
+            r"set max_grad_norm=0 there, and pass max_grad_norm=1.0 to trainer_optimizer",
+        ),
+        ({}, {"layerwise": True, "max_grad_norm": 1.0}, r"max_grad_norm=1.0: expected None unless"),
+        ({"max_grad_norm": 0.0}, {"max_grad_norm": 1.0}, r"max_grad_norm=1.0: expected None unless layerwise=True"),
     ],
 )
 def test_bad_arguments(changes: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    steps = options.pop("gradient_accumulation_steps", 1)
-    args = arguments(tmp_path, gradient_accumulation_steps=steps, **changes)
+    args = arguments(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         trainer_optimizer(args, **{"target_modules": TARGETS, **options})
 
@@ -277,29 +282,43 @@ def test_it_trains_as_the_same_optimizer_made_by_hand(tmp_path: Path) -> None:
     assert_same(*results)
 
 
-@pytest.mark.parametrize("run", [{"max_grad_norm": 0.0}, {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}])
-def test_layerwise_updates_are_those_of_whole_steps(run: dict[str, Any], tmp_path: Path) -> None:
+def layerwise_runs(tmp_path: Path, rank: int | None, **run: Any) -> list[dict[str, torch.Tensor]]:
+    """The weights that whole steps and layerwise ones end with; an epoch's last step is a shorter one."""
     results = []
-    # Under accumulation the first basis is that of the first backward pass, where whole steps take all: with one step
-    # of them, full rank compares what the Trainer does with it.
-    rank = RANK if run.get("gradient_accumulation_steps", 1) == 1 else None
     for layerwise in (False, True):
-        model, args = llama(), arguments(tmp_path, **run)
+        model, args = llama(), arguments(tmp_path, max_grad_norm=0.0, **run)
         chosen = trainer_optimizer(args, target_modules=TARGETS, rank=rank, update_proj_gap=2, layerwise=layerwise)
-        trainer = trained(model, args, chosen)
+        trainer = trained(model, args, chosen, count=16)
         assert isinstance(trainer.optimizer.optimizer, LayerwiseOptimizer) is layerwise  # type: ignore[union-attr]
         results.append(snapshot(model))
-    assert_same(*results)
+    return results
 
 
-def test_layerwise_clips(tmp_path: Path) -> None:
+def test_layerwise_updates_are_those_of_whole_steps(tmp_path: Path) -> None:
+    assert_same(*layerwise_runs(tmp_path, RANK))
+
+
+def test_layerwise_updates_take_what_accumulates(tmp_path: Path) -> None:
+    # At full rank: the first basis of layerwise updates is that of the first backward pass, not of all three.
+    assert_same(*layerwise_runs(tmp_path, None, gradient_accumulation_steps=3))
+
+
+@pytest.mark.parametrize(("accumulation", "in_arguments"), [(1, True), (3, False)])
+def test_layerwise_updates_are_clipped(accumulation: int, in_arguments: bool, tmp_path: Path) -> None:
     results = []
-    for norm in (0.0, 1e-6):  # so small that Adam's eps is felt
-        model, args = llama(), arguments(tmp_path, max_grad_norm=norm, max_steps=2)
-        trainer = trained(model, args, trainer_optimizer(args, target_modules=TARGETS, rank=RANK, layerwise=True))
-        assert trainer.optimizer.optimizer.max_grad_norm == (norm or None)  # type: ignore[union-attr]
+    for norm in (0.0, 1e-7):  # so small that Adam's eps is felt
+        model = llama()
+        args = arguments(
+            tmp_path, gradient_accumulation_steps=accumulation, max_grad_norm=norm if in_arguments else 0.0
+        )
+        own: dict[str, Any] = {} if in_arguments else {"max_grad_norm": norm}
+        trained(
+            model, args, trainer_optimizer(args, target_modules=TARGETS, rank=RANK, layerwise=True, **own), count=16
+        )
         results.append(snapshot(model))
-    assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
+    start = llama().state_dict()
+    far, near = (sum(float((end[name] - start[name]).square().sum()) for name in end) for end in results)
+    assert near < 0.25 * far
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])

@@ -32,6 +32,7 @@ def trainer_optimizer(
     *,
     target_modules: TargetModules | None = None,
     layerwise: bool = False,
+    max_grad_norm: float | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:  # the Trainer's annotation knows classes of optimizers only
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
@@ -54,6 +55,7 @@ def trainer_optimizer(
         layerwise: update each parameter within the backward pass, by a ``LayerwiseOptimizer`` of the arguments'
             ``gradient_accumulation_steps`` and ``max_grad_norm``. The norm that the Trainer logs is 0 then: when it
             looks, the gradients are gone.
+        max_grad_norm: of layerwise updates, where that of the arguments is 0: to clip them under accumulation.
         options: of the optimizer's class, and of the projected groups; they go before ``optim_args``, those before the
             other arguments. Without ``rank`` the class's own.
 
@@ -67,8 +69,13 @@ def trainer_optimizer(
     _refuse_flattening(args)
     if layerwise:
         _refuse_layerwise(args)
+    if max_grad_norm is not None and (not layerwise or args.max_grad_norm):
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm}: expected None unless layerwise=True and TrainingArguments have "
+            "max_grad_norm=0; set it there instead"
+        )
     kwargs = {"args": args, "optimizer": optimizer_class, "target_modules": target_modules, "layerwise": layerwise}
-    return TrainerOptimizerFactory, {**kwargs, "options": options}
+    return TrainerOptimizerFactory, {**kwargs, "max_grad_norm": max_grad_norm, "options": options}
 
 
 class TrainerOptimizerFactory:
@@ -82,6 +89,7 @@ class TrainerOptimizerFactory:
         optimizer: type[Optimizer],
         target_modules: TargetModules | None,
         layerwise: bool,
+        max_grad_norm: float | None,
         options: Mapping[str, Any],
     ) -> Optimizer:
         """The optimizer.
@@ -99,8 +107,8 @@ class TrainerOptimizerFactory:
         made = optimizer(_by_decay(groups, _decaying(model), weight_decay), **chosen)
         if not layerwise:
             return made
-        steps, norm = args.gradient_accumulation_steps, args.max_grad_norm
-        return LayerwiseOptimizer(made, accumulation_steps=steps, max_grad_norm=norm or None)  # type: ignore[arg-type]
+        steps, norm = args.gradient_accumulation_steps, args.max_grad_norm or max_grad_norm or None
+        return LayerwiseOptimizer(made, accumulation_steps=steps, max_grad_norm=norm)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- what the arguments say
@@ -189,9 +197,9 @@ def _refuse_layerwise(args: Any) -> None:
     if args.gradient_accumulation_steps > 1 and args.max_grad_norm:
         raise ValueError(
             f"layerwise=True with gradient_accumulation_steps={args.gradient_accumulation_steps} and max_grad_norm="
-            f"{args.max_grad_norm}: at an epoch's last step, which may be shorter, the Trainer would clip the part of "
-            "the gradients that is still held, and LayerwiseOptimizer all of them again; set one of the two off "
-            "(gradient_accumulation_steps=1, max_grad_norm=0)"
+            f"{args.max_grad_norm} in TrainingArguments: in an epoch's last step, where it is shorter, the Trainer "
+            "would clip gradients that are still held, and LayerwiseOptimizer clips them too; set max_grad_norm=0 "
+            f"there, and pass max_grad_norm={args.max_grad_norm} to trainer_optimizer"
         )
 
 
