@@ -324,7 +324,7 @@ def test_layerwise_updates_are_clipped(accumulation: int, in_arguments: bool, tm
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_prepared_models(weights: str | None, tmp_path: Path) -> None:
     """Their ranks and sides are those of ``prepare``; what is saved is loaded by a plain model."""
-    model = prepare(llama(), TARGETS, RANK, weights=weights)
+    model: Any = prepare(llama(), TARGETS, RANK, weights=weights)
     before = {name: value.clone() for name, value in plain_state_dict(model).items()}
     args = arguments(tmp_path, weight_decay=0.1, max_grad_norm=0.5, gradient_accumulation_steps=2)
     trainer = trained(model, args, trainer_optimizer(args, target_modules=TARGETS, update_proj_gap=2))
@@ -333,8 +333,9 @@ def test_prepared_models(weights: str | None, tmp_path: Path) -> None:
     assert [(group["rank"], group["weight_decay"], len(group["params"])) for group in projected] == [(RANK, 0.1, 14)]
     assert subspace_summary(optimizer)["subspace_refreshes"] == 14 * 3
     assert not any(torch.equal(value, before[name]) for name, value in plain_state_dict(model).items())
-    plain = llama()
-    plain.load_state_dict(plain_state_dict(model))
+    model.save_pretrained(tmp_path / "saved", state_dict=plain_state_dict(model))
+    plain = type(model).from_pretrained(tmp_path / "saved")
+    assert_same(plain.state_dict(), plain_state_dict(model))
     with pytest.raises(ValueError, match=r"rank=8 in .*was prepared with rank 4"):
         made(model, args, target_modules=TARGETS, rank=8)
 
@@ -343,16 +344,9 @@ def test_prepared_models(weights: str | None, tmp_path: Path) -> None:
 
 
 def test_the_callback_logs_the_subspaces(tmp_path: Path) -> None:
-    seen = []
-
-    class Reporter(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            seen.append(dict(logs))
-
     model, args = llama(), arguments(tmp_path, eval_strategy="steps", eval_steps=2)
     chosen = trainer_optimizer(args, target_modules=TARGETS, rank=RANK, update_proj_gap=2)
-    callbacks = [SubspaceCallback(), Reporter()]
-    trainer = trained(model, args, chosen, callbacks=callbacks, eval_dataset=texts(4))
+    trainer = trained(model, args, chosen, callbacks=[SubspaceCallback()], eval_dataset=texts(4))
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["subspace_refreshes"] for entry in steps] == [14, 28, 42]
     assert all(entry["subspace_rank"] == RANK and 0 < entry["subspace_captured"] <= 1 for entry in steps)
@@ -363,9 +357,21 @@ def test_the_callback_logs_the_subspaces(tmp_path: Path) -> None:
     others = [entry for entry in trainer.state.log_history if "loss" not in entry]
     assert others
     assert not [key for entry in others for key in entry if key.startswith(("subspace", "optimizer"))]
-    assert [entry for entry in seen if "subspace_rank" in entry] == [
-        {key: value for key, value in entry.items() if key != "step"} for entry in steps
-    ]
+
+
+def test_the_callback_put_first_is_seen_by_what_reports(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    args = arguments(tmp_path, max_steps=2)
+    chosen = trainer_optimizer(args, target_modules=TARGETS, rank=RANK)
+    trainer = Trainer(llama(), args, train_dataset=texts(), callbacks=[Reporter()], optimizer_cls_and_kwargs=chosen)
+    trainer.callback_handler.callbacks.insert(0, SubspaceCallback())
+    trainer.train()
+    assert seen[0]["subspace_refreshes"] == 14
 
 
 def test_the_callback_is_one_of_the_trainers() -> None:

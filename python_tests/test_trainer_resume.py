@@ -15,7 +15,7 @@ pytest.importorskip("transformers", minversion="5.2")
 pytest.importorskip("accelerate")
 
 SCRIPT = Path(__file__).with_name("trainer_process.py")
-CASES = ("8bit", "accumulation", "float32", "layerwise", "prepared", "int8 weights")
+CASES = ("8bit", "accumulation", "float32", "auto ranks", "layerwise", "prepared", "int8 weights")
 TIMED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
 
 

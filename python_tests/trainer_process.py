@@ -28,7 +28,12 @@ SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.
 CASES: dict[str, Case] = {
     "8bit": (SCHEDULE, {}, None),
     "accumulation": ({**SCHEDULE, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}, {}, None),
-    "float32": (SCHEDULE, {"optimizer": "GaLoreFusedAdamW", "refresh_schedule": "adaptive"}, None),
+    "float32": (
+        SCHEDULE,
+        {"optimizer": "GaLoreFusedAdamW", "refresh_schedule": "adaptive", "async_refresh": True},
+        None,
+    ),
+    "auto ranks": (SCHEDULE, {"rank": "auto", "rank_budget": 120_000}, None),
     "layerwise": ({**SCHEDULE, "max_grad_norm": 0.5}, {"layerwise": True}, None),
     "prepared": (SCHEDULE, {}, {}),
     "int8 weights": (SCHEDULE, {}, {"weights": "int8"}),
@@ -53,7 +58,7 @@ def run(folder: Path, name: str, which: str) -> None:
     output = folder / f"{name}-{which.replace('resumed', 'killed')}"
     args = arguments(output, max_steps=8, logging_steps=1, **changes)
     args.save_strategy, args.save_steps = "steps", SAVED_AT
-    chosen = trainer_optimizer(args, target_modules=TARGETS, rank=RANK, update_proj_gap=2, **options)
+    chosen = trainer_optimizer(args, target_modules=TARGETS, **{"rank": RANK, "update_proj_gap": 2, **options})
     if which == "resumed":
         trainer = trained(model, args, chosen, resume=str(output / f"checkpoint-{SAVED_AT}"))
     else:
