@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from galore_kernels.compat.galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 from galore_kernels.optim import refresh
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.pretrain.rivals import patched_galore_torch_adamw8bit
 from galore_kernels.subspace import Subspace
 

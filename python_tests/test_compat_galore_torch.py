@@ -28,7 +28,7 @@ from torch import nn
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.compat.galore_torch import GaLoreAdamW, GaLoreAdamW8bit
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.pretrain.rivals import patched_galore_torch_adamw8bit
 
 DROP_INS: list[type[GaLoreAdam]] = [GaLoreAdamW, GaLoreAdamW8bit]

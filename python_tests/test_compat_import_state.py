@@ -38,7 +38,7 @@ from galore_kernels.compat import import_state_dict
 from galore_kernels.compat.galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 from galore_kernels.ops import dequantize_blockwise
 from galore_kernels.optim import refresh
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.quantizers import dequantize_basis
 from galore_kernels.subspace import Subspace, find_subspaces
 
