@@ -11,9 +11,10 @@ from torch import Tensor
 
 from galore_kernels.ops import dequantize_blockwise, quantize_blockwise
 from galore_kernels.ops.projection import long_short
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.options import matrix_shape
-from galore_kernels.optim.refresh import schedule_of
+from galore_kernels.optim.refresh import drawn, schedule_of
+from galore_kernels.optim.rules import Adam
 from galore_kernels.optim.serialization import HEADER, add_header, check_sizes, merged_groups
 from galore_kernels.optim.update import Update
 from galore_kernels.quantizers import SIGNED_ZERO_CODE, UNSIGNED_ZERO_CODE, block_count, dynamic_map
@@ -38,17 +39,18 @@ def is_own(state_dict: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def import_state_dict(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> None:
+def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Loads the state dict of another package's optimizer, so that its training goes on where it was.
 
-    Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, bitsandbytes' ``AdamW8bit`` (and
-    ``AdamW``), and ``torch.optim.AdamW``. Projectors may be galore_torch's objects, as ``state_dict()`` holds them (of
-    a file, ``torch.load(path, weights_only=False)`` gives them where galore_torch is installed), or dicts of their
-    attributes. Moments are decoded, turned to long-major and, where the optimizer's are 8-bit, encoded; those in
-    bitsandbytes' format that need no turning keep their codes. A second moment of theirs that was rounded to zero
-    becomes the smallest positive one. The next refresh is at the step at which theirs would be, but for staggered and
-    adaptive schedules, which begin anew; ``subspace_report`` counts refreshes from here on, and knows no captured
-    energy before the next.
+    Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, apollo_torch's ``APOLLOAdamW``,
+    bitsandbytes' ``AdamW8bit`` (and ``AdamW``), and ``torch.optim.AdamW``. Projectors may be the packages' objects, as
+    ``state_dict()`` holds them (of a file, ``torch.load(path, weights_only=False)`` gives them where the package is
+    installed), or dicts of their attributes. Moments are decoded, turned to long-major and, where the optimizer's are
+    8-bit, encoded; those in bitsandbytes' format that need no turning keep their codes. A second moment of theirs that
+    was rounded to zero becomes the smallest positive one. Random bases are drawn anew: to APOLLO the import is one more
+    refresh, which leaves the moments as its own do. The next refresh is at the step at which theirs would be, but for
+    staggered and adaptive schedules, which begin anew; ``subspace_report`` counts refreshes from here on, and knows no
+    captured energy before the next.
 
     The options of a group that both packages have (``lr``, ``betas``, ``eps``, ``weight_decay``, ``update_proj_gap``,
     ``scale``, a scheduler's ``initial_lr``) become the state dict's, as with any ``load_state_dict``; others stay.
@@ -61,9 +63,9 @@ def import_state_dict(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> N
         TypeError: ``optimizer`` is none of this library's. ValueError: the state dict is of another optimizer or other
             groups, ranks or shapes, lacks fields or holds NaN. The message names the parameter; nothing has changed.
     """
-    if not isinstance(optimizer, GaLoreAdam):
+    if not (isinstance(optimizer, LowRankOptimizer) and isinstance(optimizer._rule, Adam)):
         raise TypeError(
-            f"optimizer: expected a GaLoreFusedAdam8bit or GaLoreFusedAdamW, got {type(optimizer).__name__}; pass the "
+            f"optimizer: expected one of galore_kernels with Adam's moments, got {type(optimizer).__name__}; pass the "
             "one that a wrapper wraps"
         )
     if is_own(state_dict):
@@ -79,12 +81,12 @@ def import_state_dict(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> N
     state = {}
     for index, update, group in zip(indices, optimizer.listed(), merged, strict=True):
         entry = saved.get(index)
-        if entry and (step := _step(entry, update.name)):
+        if entry and set(entry) != {"seed"} and (step := _step(entry, update.name)):  # apollo_torch's before a step
             state[index] = _converted({**entry, **entry.get(_HIDDEN, {})}, step, replace(update, group=group))
     optimizer.load_state_dict(add_header({"state": state, "param_groups": groups}, type(optimizer).__name__))
 
 
-def _groups(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _groups(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The optimizer's groups with the state dict's options and parameters' indices."""
     current = optimizer.param_groups
     whole = isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping)
@@ -130,9 +132,15 @@ def _converted(state: Mapping[str, Any], step: int, update: Update) -> dict[str,
     entry = layout.new_state(param)
     entry["step"].fill_(step)
     entry |= _moments(state, update)
-    if layout.rank is not None:
+    if layout.draws:
+        _projector(state, update)  # is what its group says
+        entry |= drawn(update, 0)
+    elif layout.rank is not None:
         for name, basis in _bases(_projector(state, update), update).items():
             entry |= layout.stored_basis(name, basis.contiguous(), param.dtype)
+    if "scaled_norm" in entry:
+        entry["scaled_norm"].copy_(_norm(state, update))
+    if layout.rank is not None:
         entry |= asdict(_record(step, update))
     return entry
 
@@ -237,6 +245,14 @@ def _bases(projector: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
                 f"to {float(lengths.max()):.3g}; it is damaged, or not galore_torch's"
             )
     return {key: basis.float() for key, basis in bases.items()}
+
+
+def _norm(state: Mapping[str, Any], update: Update) -> Tensor:
+    """That of APOLLO's last scaled gradient; 0 where its limiter was off."""
+    norm = _tensor(state, "scaled_grad", update, ()).float() if "scaled_grad" in state else torch.zeros(())
+    if not 0 <= float(norm) < float("inf"):
+        raise ValueError(f"{update.name}: scaled_grad of the state is {float(norm)}, expected a norm; it is damaged")
+    return norm
 
 
 def _record(step: int, update: Update) -> RefreshRecord:
