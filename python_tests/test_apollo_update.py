@@ -11,6 +11,7 @@ import pytest
 import tolerances
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from update_cases import (
     HYPERPARAMETERS,
     assert_close,
@@ -22,6 +23,7 @@ from update_cases import (
     moments,
     options,
     oracle_scalars,
+    tensors,
     warm_state,
 )
 
@@ -196,6 +198,25 @@ def test_other_seeds_draw_other_bases() -> None:
 def test_the_families_differ() -> None:
     assert set(random_basis(9, RandomBasis(9, 1, "rademacher")).flatten().tolist()) == {-1.0, 1.0}
     assert magnitudes("gaussian").square().mean() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_opcheck_accepts_the_random_basis(backend: str) -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    arguments = {"seed": 3, "family": "gaussian", "backend": backend}
+    opcheck(torch.ops.galore_kernels.random_basis.default, (like, 12, 3), arguments)
+
+
+@pytest.mark.parametrize("basis", ["gaussian", "given"])
+def test_opcheck_accepts_the_update(backend: str, basis: str) -> None:
+    p = make_problem(12, 40, 3, "right", basis=basis, eight_bit=True)
+    drawn = p.basis if isinstance(p.basis, RandomBasis) else None
+    given = p.basis if isinstance(p.basis, Tensor) else None
+    scalars = {name: getattr(p.options, name) for name in AdamOptions.__dataclass_fields__}
+    positional = (p.param, p.grad, given, *tensors(p.state).values(), scalars.pop("lr"), p.scaled_norm)
+    options = {name: getattr(p.apollo, name) for name in ApolloOptions.__dataclass_fields__}
+    options |= {"rank": drawn.rank if drawn else 0, "basis_seed": drawn and drawn.seed}
+    options |= {"basis_family": drawn.family if drawn else "", "side": "right", "backend": backend}
+    opcheck(torch.ops.galore_kernels.apollo_update.default, positional, {**options, **scalars})
 
 
 # --- against float64
