@@ -12,7 +12,7 @@ import torch
 from optimizer_cases import OPTIONS, assert_same_snapshot, clone_params, make_params, set_grads, snapshot
 from torch import Tensor, nn
 
-from galore_kernels import GaLoreFusedAdam8bit
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit
 from galore_kernels.ops import registry
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
@@ -84,6 +84,9 @@ class Grouping:
                     own = replace(options, rounding_seed=seeds[i])
                     if group.operation == "adam8bit_update":
                         kernel(param, grad, state, own)
+                    elif group.operation == "apollo_update":
+                        norm = group.scaled_norms[i]
+                        kernel(param, grad, group.bases[i], state, norm, own, group.apollo, group.side)
                     else:
                         basis_scale = group.basis_scales[i] if group.basis_scales else None
                         kernel(param, grad, group.bases[i], None, basis_scale, state, own, group.side, group.scale)
@@ -152,14 +155,25 @@ def mixed(params: Params, backend: str) -> LowRankOptimizer:
     return GaLoreFusedAdam8bit(groups, **options, backend=backend)
 
 
+def apollo(params: Params, backend: str) -> LowRankOptimizer:
+    """Drawn bases and found ones, both scalings."""
+    own: list[dict[str, Any]] = [
+        {"rank": 8, "update_proj_gap": 4, "refresh_schedule": "staggered"},
+        {"rank": 6, "scale_type": "tensor", "scale": 16.0, "proj": "rademacher", "maximize": True},
+        {"rank": 4, "proj": "svd", "scale_front": True, "norm_growth_limit": None},
+    ]
+    groups = [{"params": [p for n, p in params.items() if int(n[-1]) // 2 == i], **own[i]} for i in range(3)]
+    return APOLLOFusedAdam8bit(groups, **{**OPTIONS, "stochastic_rounding": True, "project_nd": True}, backend=backend)
+
+
 def pair(make: Make = plain, dtype: torch.dtype = torch.float32) -> tuple[tuple[LowRankOptimizer, Params], ...]:
     """Grouped, and one tensor at a time: from the same weights."""
     shapes: dict[str, tuple[int, ...]] = SHAPES
-    if make is mixed:
+    if make in (mixed, apollo):
         shapes = {f"{kind}{i}": shape for i in range(5) for kind, shape in {**KINDS, "conv": (20, 3, 3, 3)}.items()}
     params = make_params(shapes, dtype)
     alone = clone_params(params)
-    if make is mixed:
+    if make in (mixed, apollo):
         for some in (params, alone):
             some["tall1"].data = torch.zeros(20, 300, dtype=dtype).T.copy_(some["tall1"].data)
     return (make(params, "cuda"), params), (make(alone, "reference"), alone)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from grouping import KINDS, Grouping, Make, Params, compare, install, mixed, pair, plain, steps, take_for_device
-from optimizer_cases import OPTIMIZERS, set_grads, train
+from grouping import KINDS, Grouping, Make, Params, apollo, compare, install, mixed, pair, plain, steps, take_for_device
+from optimizer_cases import EVERY_OPTIMIZER, set_grads, train
 from torch import Tensor, nn
 
 from galore_kernels.ops import registry
@@ -33,7 +33,7 @@ def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 # ---------------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("make", [plain, mixed])
+@pytest.mark.parametrize("make", [plain, mixed, apollo])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_groups_are_bitwise_one_tensor_at_a_time(grouped: Grouping, make: Make, dtype: torch.dtype) -> None:
     both = pair(make, dtype)
@@ -41,10 +41,11 @@ def test_groups_are_bitwise_one_tensor_at_a_time(grouped: Grouping, make: Make, 
         steps(both, range(start, start + 3))
         compare(both)
     assert max(size for _, size, _ in grouped.calls) > 1
-    assert {operation for operation, *_ in grouped.calls} == {"galore_update", "adam8bit_update"}
+    projected = "apollo_update" if make is apollo else "galore_update"
+    assert {operation for operation, *_ in grouped.calls} == {projected, "adam8bit_update"}
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 def test_a_checkpoint_in_mid_training(grouped: Grouping, optimizer_class: type[LowRankOptimizer]) -> None:
     both = pair(lambda params, backend: plain(params, backend, optimizer_class))
     steps(both, range(5))
