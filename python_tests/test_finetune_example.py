@@ -113,4 +113,4 @@ def _killed(arguments: list[str], phase: str, step: int) -> int:
 def _result(folder: Path) -> dict[str, Any]:
     """Without what differs between equal runs."""
     result = json.loads((folder / "result.json").read_text())
-    return {key: value for key, value in result.items() if key not in ("step_seconds", "load")}
+    return {key: value for key, value in result.items() if key not in ("step_seconds", "step_cpu_seconds", "load")}
