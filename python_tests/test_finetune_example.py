@@ -73,8 +73,8 @@ def test_each_method_trains_what_it_says(table: Path) -> None:
 
 def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one_bit_by_bit(tmp_path: Path, table: Path) -> None:
     arguments = ["--quick", "--out", str(tmp_path), "--resume"]
-    # Saved every 4 steps: killed in pre-training, of 6 steps, and in the second and third epoch, of 6 steps each.
-    for phase, step in (("pretraining", 5), ("galore-r4", 7), ("galore-r4", 15)):
+    # Saved every 5 steps: killed in pre-training, of 6 steps, and in the second and third epoch, of 6 steps each.
+    for phase, step in (("pretraining", 6), ("galore-r4", 8), ("galore-r4", 14)):
         assert _killed(arguments, phase, step) == KILLED
         assert bool(list(tmp_path.glob("*/pretrained"))) == (phase != "pretraining")
     assert main(arguments) == 0

@@ -46,7 +46,7 @@ class Settings:
 FULL = Settings()
 QUICK = Settings(
     packages=2, snippets=(24, 8, 8), tokens=16, vocabulary=300, hidden=32, layers=1, heads=2, batch=8,
-    pretrain_files=40, pretrain_steps=6, epochs=3, update_proj_gap=2, save_steps=4,
+    pretrain_files=10, pretrain_steps=6, epochs=3, update_proj_gap=2, save_steps=5,
 )  # fmt: skip
 
 
