@@ -8,14 +8,14 @@
 Nothing is downloaded. The task is made from Python's standard library: which of eight packages a few lines come from.
 The packages' names are hidden in all text, and no file gives lines to more than one of training, validation and test.
 A byte-pair tokenizer and an encoder of 4 layers, 128 wide, are trained on the library first (masked tokens; without
-the files that validate and test), and kept in the output folder.
+the files that validate and test), and kept in the output folder. It needs `pip install '.[pretrain,huggingface]' peft`.
 
 What is compared, with `--table`: AdamW on all parameters (torch's, fused), also on an encoder that is not pre-trained;
-GaLore (`GaLoreFusedAdamW` by `trainer_optimizer`) at ranks 4 and 8 with scale 16 / rank, as in the paper's GLUE runs
-(scale 4 at rank 4), the gradients of the encoder's matrices projected and all else at full rank, or the embeddings
-frozen; LoRA (peft, alpha 2 x rank) on the same matrices at the same ranks. The classification head, new, is trained at
-full rank by all. Batches, epochs, warm-up, linear decay and gradient clipping are alike; there is no weight decay and
-no dropout.
+GaLore (`GaLoreFusedAdamW` by `trainer_optimizer`) at ranks 4 and 8 with scale 16 / rank (4 at rank 4, as in its
+authors' example for GLUE), the gradients of the encoder's matrices projected and all else at full rank, or the
+embeddings frozen, its subspaces refreshed every 50 steps of 360 (theirs: every 500); LoRA (peft, alpha 2 x rank) on the
+same matrices at the same ranks. The classification head, new, is trained at full rank by all. Batches, epochs, warm-up,
+linear decay and gradient clipping are alike; there is no weight decay and no dropout.
 
 The protocol: each method has the same sweep of learning rates with the first seed; the one with the best accuracy in
 validation is trained with the other seeds; what is reported is accuracy on the test part, after the last step. Seeds
