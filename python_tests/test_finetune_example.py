@@ -77,8 +77,11 @@ def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one_bit_by_bit(tmp_pa
     for phase, step in (("pretraining", 6), ("galore-r4", 8), ("galore-r4", 14)):
         assert _killed(arguments, phase, step) == KILLED
         assert bool(list(tmp_path.glob("*/pretrained"))) == (phase != "pretraining")
-    assert main(arguments) == 0
     whole, resumed = (next(folder.glob("*/galore-r4-lr0.001-seed0")) for folder in (table, tmp_path))
+    half_written = resumed / "checkpoint-11"
+    half_written.mkdir()
+    (half_written / "trainer_state.json").write_text('{"epoch": 1')
+    assert main(arguments) == 0
     for name in ("model/model.safetensors", "../pretrained/model.safetensors"):
         expected, weights = load_file(whole / name), load_file(resumed / name)
         assert expected.keys() == weights.keys()

@@ -23,9 +23,11 @@ from transformers import (
     RobertaForSequenceClassification,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from galore_kernels.integrations.huggingface import trainer_optimizer
@@ -208,12 +210,24 @@ class Experiment:
 
 
 def _train(trainer: Any) -> StepClock:
-    """From the last checkpoint in the trainer's folder, if there is one."""
+    """From the last whole checkpoint in the trainer's folder, if there is one."""
     clock = StepClock()
     trainer.add_callback(clock)
-    folder = Path(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(Path(trainer.args.output_dir)))
     return clock
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The last that the Trainer could finish, which writes its own state last; unfinished ones are deleted."""
+    last: str | None = get_last_checkpoint(folder) if folder.exists() else None
+    if last is None:
+        return None
+    try:
+        TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+    except (FileNotFoundError, ValueError):
+        shutil.rmtree(last)
+        return _last_whole_checkpoint(folder)
+    return last
 
 
 def _counted_bytes(trainer: Any) -> dict[str, int]:
