@@ -61,6 +61,11 @@ class Tile:
     stages: int
     precision: str = "bf16x6"
 
+    @property
+    def reach(self) -> int:
+        """Rows that a program's offsets lead over, whichever operand's they are."""
+        return max(self.rows, self.columns, self.depth)
+
 
 @dataclass(frozen=True)
 class ElementTile:
@@ -68,6 +73,20 @@ class ElementTile:
 
     blocks: int
     warps: int
+
+
+@dataclass(frozen=True)
+class PanelTile:
+    """The same of a stage that goes by rows and columns of a matrix."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    @property
+    def reach(self) -> int:
+        """As a product's."""
+        return self.rows
 
 
 # Largest columns (project) or depth (back_project_update) that a tile serves -> the tile. The next larger one is taken,
@@ -155,6 +174,17 @@ _BESIDE_CODES: dict[tuple[str, str, int, int], dict[str, Any]] = {
     ("sm_90", "project", 32, 16): {"rows": 128},
 }
 
+# The same where the basis is drawn: random bits, addresses of magnitudes and entries are alive together.
+_BESIDE_DRAWN: dict[tuple[str, str, int, int], dict[str, Any]] = {
+    ("sm_80", "project", 16, 16): {"depth": 32},
+    ("sm_80", "project", 16, 32): {"depth": 32},
+    ("sm_80", "project", 16, 64): {"depth": 32, "warps": 8},
+    ("sm_80", "project", 16, 128): {"depth": 32},
+    ("sm_89", "project", 16, 16): {"depth": 32},
+    ("sm_89", "project", 16, 32): {"depth": 32},
+    ("sm_89", "project", 16, 64): {"depth": 32, "warps": 8},
+}
+
 # Addresses or rows that are no multiples of 16 bytes are loaded element by element, each with its own mask. What counts
 # then is to stay within the registers.
 _UNALIGNED = {
@@ -175,6 +205,10 @@ _ELEMENTS = {
     "check_gradient": ElementTile(8, 8),
     "lowrank_adam": ElementTile(4, 4),
     "adam_update": ElementTile(4, 4),
+    "long_norms": ElementTile(8, 4),
+    "gradient_factors": ElementTile(8, 8),
+    "scaled_gradient_update": ElementTile(16, 8),
+    "random_basis": ElementTile(8, 4),
     "quantize_blockwise": ElementTile(4, 4),
     "dequantize_blockwise": ElementTile(8, 8),
 }
@@ -289,8 +323,9 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
         key = ("sm_89" if chosen == _OTHER else chosen, stage, bits)
         limit = next((limit for limit in _PRODUCTS[key] if limit >= batch.rank), max(_PRODUCTS[key]))
         tile = _PRODUCTS[key][limit]
-        if not batch.basis_dtype.is_floating_point:
-            tile = replace(tile, **_BESIDE_CODES.get((*key, limit), {}))
+        codes = not batch.basis_dtype.is_floating_point
+        beside = _BESIDE_CODES if codes else _BESIDE_DRAWN if batch.magnitudes is not None else {}
+        tile = replace(tile, **beside.get((*key, limit), {}))
         if chosen == _OTHER:
             tile = replace(tile, stages=2)
     else:
@@ -299,8 +334,9 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
 
 
 def project_tile(batch: Batch) -> Tile:
-    """The tile of ``project``. A basis' codes take the gradient's dtype."""
-    basis_dtype = batch.basis_dtype if batch.basis_dtype.is_floating_point else batch.grad_dtype
+    """The tile of ``project``. A basis' codes take the gradient's dtype, as does what is drawn."""
+    stored = batch.basis_dtype.is_floating_point and batch.magnitudes is None
+    basis_dtype = batch.basis_dtype if stored else batch.grad_dtype
     bits = 16 if batch.grad_dtype == basis_dtype != torch.float32 else 32
     return _product_tile("project", batch, bits)
 
@@ -325,6 +361,13 @@ def element_tile(stage: str, elements: int) -> ElementTile:
         blocks = 1 << max(0, block_count(elements) - 1).bit_length()
         tile = replace(tile, blocks=min(blocks, _INTERPRETED_BLOCKS))
     return replace(tile, **_current().get(stage, {}))
+
+
+def panel_tile(stage: str, rows: int, columns: int) -> PanelTile:
+    """The tile of an element-wise stage on a (rows, columns) matrix: as wide as that, from 8 to 256 columns."""
+    width = min(256, max(8, 1 << max(0, columns - 1).bit_length()))
+    tile = element_tile(stage, rows * width)
+    return PanelTile(tile.blocks * 256 // width, width, tile.warps)
 
 
 def known_factor(size: int, aligned: bool) -> int:

@@ -40,6 +40,7 @@ DECAY = tl.constexpr(7)
 SKIP = tl.constexpr(8)
 ARRIVED = tl.constexpr(9)
 STEP_NUMBER = tl.constexpr(10)
+EXACT_STEP_SIZE = tl.constexpr(12)
 CONTROL_WORDS = tl.constexpr(pipeline.CONTROL_WORDS)
 
 # Why a tensor is left alone. Bits, because projections of many programs set the first.
@@ -103,11 +104,28 @@ def skip_flag(control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def exact_step_size(control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
+    """Pointer to a control row's step size as a double."""
+    return (control + tensor.to(tl.int64) * CONTROL_WORDS + EXACT_STEP_SIZE).to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def flag_unless(good: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """Sets the skip flag unless all of ``good`` are true."""
+    if tl.min(good.to(tl.int32), axis=None) == 0:
+        tl.atomic_or(control + tensor.to(tl.int64) * CONTROL_WORDS + SKIP, SKIP_GRADIENT, sem="relaxed")
+
+
+@triton.jit
 def flag_unless_representable(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
     """Sets the skip flag if an element of x, of those that are there, is NaN or its square overflows."""
-    bad = there & ~(tl.abs(x) <= LARGEST_GRADIENT)
-    if tl.max(bad.to(tl.int32), axis=None) != 0:
-        tl.atomic_or(control + tensor.to(tl.int64) * CONTROL_WORDS + SKIP, SKIP_GRADIENT, sem="relaxed")
+    flag_unless(~there | (tl.abs(x) <= LARGEST_GRADIENT), control, tensor)
+
+
+@triton.jit
+def flag_unless_finite(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """Sets the skip flag if an element of x, of those that are there, is NaN or infinite."""
+    flag_unless(~there | (tl.abs(x) < float("inf")), control, tensor)
 
 
 @triton.jit
