@@ -183,6 +183,7 @@ _BESIDE_DRAWN: dict[tuple[str, str, int, int], dict[str, Any]] = {
     ("sm_89", "project", 16, 16): {"depth": 32},
     ("sm_89", "project", 16, 32): {"depth": 32},
     ("sm_89", "project", 16, 64): {"depth": 32, "warps": 8},
+    ("sm_90", "project", 16, 256): {"depth": 32},
 }
 
 # Addresses or rows that are no multiples of 16 bytes are loaded element by element, each with its own mask. What counts
