@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from galore_kernels.backends.pipeline import CONTROL_WORDS, Batch
+from galore_kernels.backends.batch import CONTROL_WORDS, Batch
 from galore_kernels.backends.triton import configuration
 from galore_kernels.backends.triton.stages import TritonStages
 from galore_kernels.ops import AdamOptions, AdamState
@@ -113,6 +113,7 @@ def _batch(
         weight_dtype=weight,
         grad_dtype=grad,
         basis_dtype=basis,
+        magnitudes=None,
         eight_bit=eight_bit,
         stochastic=stochastic,
         fixed_aligned=aligned,

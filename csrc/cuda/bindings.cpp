@@ -47,7 +47,7 @@ void check(const char* stage, cudaError_t error) {
     }
 }
 
-TensorRow row_of(const std::array<Address, 12>& a) {
+TensorRow row_of(const std::array<Address, gk::cuda::kTableColumns>& a) {
     return TensorRow{pointer<void>(a[0]),
                      pointer<const void>(a[1]),
                      pointer<void>(a[2]),
@@ -59,12 +59,14 @@ TensorRow row_of(const std::array<Address, 12>& a) {
                      pointer<float>(a[8]),
                      pointer<index_t>(a[9]),
                      static_cast<std::uint64_t>(a[10]),
-                     pointer<const void>(a[11])};
+                     pointer<float>(a[11]),
+                     static_cast<std::uint64_t>(a[12]),
+                     pointer<const void>(a[13])};
 }
 
-Batch make_batch(Address table, const std::array<Address, 12>& row, index_t count, index_t rows, index_t cols,
-                 index_t moments, int rank, int side, int weight_dtype, int grad_dtype, int basis_dtype, bool eight_bit,
-                 bool stochastic, bool aligned) {
+Batch make_batch(Address table, const std::array<Address, gk::cuda::kTableColumns>& row, index_t count, index_t rows,
+                 index_t cols, index_t moments, int rank, int side, int weight_dtype, int grad_dtype, int basis_dtype,
+                 Address magnitudes, bool eight_bit, bool stochastic, bool aligned) {
     if (side != 0 && side != 1) throw std::invalid_argument("side: expected 0 (right) or 1 (left)");
     if (count < 1 || (count > 1 && table == 0)) throw std::invalid_argument("count: expected 1, or a table's rows");
     if (rows < 0 || cols < 0 || moments < 0 || rank < 0) throw std::invalid_argument("a size is negative");
@@ -86,6 +88,7 @@ Batch make_batch(Address table, const std::array<Address, 12>& row, index_t coun
                  weight,
                  dtype_of("grad_dtype", grad_dtype),
                  dtype_of("basis_dtype", basis_dtype, DType::int4),
+                 pointer<const std::uint16_t>(magnitudes),
                  eight_bit,
                  stochastic,
                  aligned};
@@ -214,9 +217,10 @@ void bind_cuda(py::module_& module) {
     using namespace pybind11::literals;
     // Local: the tests load the kernels a second time, compiled for the CPU.
     py::class_<Batch>(module, "CudaBatch", py::module_local(),
-                      "Tensors of one shape; see galore_kernels/backends/pipeline.py.")
+                      "Tensors of one shape; see galore_kernels/backends/batch.py.")
         .def(py::init(&make_batch), "table"_a, "row"_a, "count"_a, "rows"_a, "cols"_a, "moments"_a, "rank"_a, "side"_a,
-             "weight_dtype"_a, "grad_dtype"_a, "basis_dtype"_a, "eight_bit"_a, "stochastic"_a, "aligned"_a);
+             "weight_dtype"_a, "grad_dtype"_a, "basis_dtype"_a, "magnitudes"_a, "eight_bit"_a, "stochastic"_a,
+             "aligned"_a);
     bind_stages(module);
     module.def(
         "cuda_device_error",

@@ -1,4 +1,4 @@
-// The launchers of the CUDA backend, one for each stage of galore_kernels/backends/pipeline.py. Each only enqueues
+// The launchers of the CUDA backend, one for each stage of galore_kernels/backends/stages.py. Each only enqueues
 // work on the queue's stream and returns what preparing and launching gave. Pointers are to memory of that device.
 #pragma once
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
-from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES
+from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES
 from galore_kernels.backends.reference.rotate_moments import rotate_moments as rotate_both_sides
 from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.projection import long_short

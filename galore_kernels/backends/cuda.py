@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
-from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES, Batch, Pipeline
+from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES, Batch
+from galore_kernels.backends.pipeline import Pipeline
 from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
@@ -53,6 +54,7 @@ class CudaStages:
             DTYPE_CODES[batch.weight_dtype],
             DTYPE_CODES[batch.grad_dtype],
             DTYPE_CODES[batch.basis_dtype],
+            0 if batch.magnitudes is None else batch.magnitudes.data_ptr(),
             batch.eight_bit,
             batch.stochastic,
             batch.aligned,

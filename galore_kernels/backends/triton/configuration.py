@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.triton.availability import interpreted
 from galore_kernels.quantizers import GROUP_SIZE, block_count
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from galore_kernels.backends import pipeline
+from galore_kernels.backends import batch
 from galore_kernels.ops.adam import LARGEST_GRADIENT as _LARGEST
 from galore_kernels.quantizers import BLOCK_SIZE
 
-# Columns of the table of addresses: see Batch in galore_kernels/backends/pipeline.py.
+# Columns of the table of addresses: see Batch in galore_kernels/backends/batch.py.
 PARAM = tl.constexpr(0)
 BASIS = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
@@ -25,8 +25,10 @@ WEIGHT_SCALE = tl.constexpr(7)
 STEP = tl.constexpr(8)
 SKIPPED = tl.constexpr(9)
 SEED = tl.constexpr(10)
-GRADIENT = tl.constexpr(11)
-TABLE_COLUMNS = tl.constexpr(pipeline.TABLE_COLUMNS)
+SCALED_NORM = tl.constexpr(11)
+BASIS_SEED = tl.constexpr(12)
+GRADIENT = tl.constexpr(13)
+TABLE_COLUMNS = tl.constexpr(batch.TABLE_COLUMNS)
 
 # Words of a control row: AdamCoefficients of csrc/core/adam.h, then what the launches tell one another.
 GRADIENT_SCALE = tl.constexpr(0)
@@ -41,7 +43,7 @@ SKIP = tl.constexpr(8)
 ARRIVED = tl.constexpr(9)
 STEP_NUMBER = tl.constexpr(10)
 EXACT_STEP_SIZE = tl.constexpr(12)
-CONTROL_WORDS = tl.constexpr(pipeline.CONTROL_WORDS)
+CONTROL_WORDS = tl.constexpr(batch.CONTROL_WORDS)
 
 # Why a tensor is left alone. Bits, because projections of many programs set the first.
 SKIP_GRADIENT = tl.constexpr(1)  # not representable; counted

@@ -1,4 +1,4 @@
-"""The stages of ``galore_kernels.backends.pipeline`` in Triton. Kernels are imported, and so compiled, at first use."""
+"""The stages of ``galore_kernels.backends.stages`` in Triton. Kernels are imported, and so compiled, at first use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from galore_kernels.backends.pipeline import TABLE_COLUMNS, Batch
+from galore_kernels.backends.batch import TABLE_COLUMNS, Batch
 from galore_kernels.ops.adam import AdamOptions, AdamState
 from galore_kernels.ops.apollo_update import ApolloOptions
 from galore_kernels.ops.random_basis import RandomBasis
