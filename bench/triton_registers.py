@@ -32,6 +32,8 @@ from galore_kernels.backends.batch import CONTROL_WORDS, Batch
 from galore_kernels.backends.triton import configuration
 from galore_kernels.backends.triton.stages import TritonStages
 from galore_kernels.ops import AdamOptions, AdamState
+from galore_kernels.ops.apollo_update import SCALINGS, ApolloOptions
+from galore_kernels.ops.random_basis import MAGNITUDES, RandomBasis
 
 #: Shared memory that one program may take, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY_LIMITS = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
@@ -78,6 +80,7 @@ class Case:
 
     stage: str
     batch: Batch
+    scaling: str | None = None  # APOLLO's, of stages that are its own or do more for it
 
     @property
     def name(self) -> str:
@@ -85,6 +88,8 @@ class Case:
         batch = self.batch
         dtypes = "/".join(_NAMES[d] for d in (batch.weight_dtype, batch.grad_dtype, batch.basis_dtype))
         marks = [f"r{batch.rank} {batch.side}"] if batch.rank else []
+        marks += ["drawn"] if batch.magnitudes is not None else []
+        marks += [self.scaling] if self.scaling else []
         marks += [mark for mark in ("eight_bit", "stochastic") if getattr(batch, mark)]
         marks += [] if batch.aligned else ["unaligned"]
         return " ".join([self.stage, dtypes, *marks])
@@ -98,6 +103,7 @@ def _batch(
     eight_bit: bool = True,
     stochastic: bool = False,
     aligned: bool = True,
+    drawn: bool = False,
 ) -> Batch:
     extent = 4096 if aligned else 4095
     shape = (extent, extent) if rank else (extent * extent, 1)
@@ -113,7 +119,7 @@ def _batch(
         weight_dtype=weight,
         grad_dtype=grad,
         basis_dtype=basis,
-        magnitudes=None,
+        magnitudes=torch.empty(MAGNITUDES, dtype=torch.bfloat16) if drawn else None,
         eight_bit=eight_bit,
         stochastic=stochastic,
         fixed_aligned=aligned,
@@ -183,6 +189,34 @@ def _int8_weight_cases(architecture: str, quick: bool) -> Iterator[Case]:
         yield case(fp16, 128)
 
 
+def _apollo_cases(architecture: str, quick: bool) -> Iterator[Case]:
+    """APOLLO's: projections with sums of squares, bases drawn or stored, and the stages after Adam's."""
+    fp32, bf16, fp16 = _DTYPES
+    int8_weight = (torch.int8, bf16, bf16)
+    for bits, dtype in ((16, bf16), (32, fp32)):
+        limits = configuration.limits(architecture, "project", bits)
+        for rank in limits[-1:] if quick else limits:
+            for side in ("left",) if quick else ("right", "left"):
+                yield Case("project", _batch((dtype, dtype, bf16), rank, side, drawn=True), "channel")
+                if not quick:
+                    yield Case("project", _batch((dtype, dtype, dtype), rank, side), "channel")
+    yield Case("random_basis", _batch((bf16, bf16, bf16), 128, drawn=True))
+    yield Case("gradient_factors", _batch((bf16, bf16, bf16), 128, drawn=True), "channel")
+    yield Case("gradient_factors", _batch((bf16, bf16, bf16), 1, drawn=True), "tensor")
+    yield Case("scaled_gradient_update", _batch((bf16, bf16, bf16), 128, "left", stochastic=True))
+    yield Case("scaled_gradient_update", _batch(int8_weight, 128, stochastic=True, aligned=False))
+    if quick:
+        return
+    for side in ("right", "left"):
+        for dtype in _DTYPES:
+            yield Case("project", _batch((dtype, dtype, bf16), 127, side, drawn=True), "channel")
+            yield Case("project", _batch((dtype, dtype, bf16), 127, side, aligned=False, drawn=True), "channel")
+            for aligned in (True, False):
+                yield Case("scaled_gradient_update", _batch((dtype, dtype, bf16), 128, side, aligned=aligned))
+        yield Case("scaled_gradient_update", _batch(int8_weight, 128, side, stochastic=True))
+        yield Case("scaled_gradient_update", _batch((fp32, bf16, bf16), 128, side))  # a master weight
+
+
 def cases(architecture: str, *, quick: bool = False) -> Iterator[Case]:
     """The calls whose kernels are compiled: every tile of the table, or the largest of each stage and dtype."""
     fp32, bf16, fp16 = _DTYPES
@@ -190,6 +224,7 @@ def cases(architecture: str, *, quick: bool = False) -> Iterator[Case]:
         yield from _product_cases(architecture, stage, quick)
         yield from _quantized_cases(architecture, stage, quick)
     yield from _int8_weight_cases(architecture, quick)
+    yield from _apollo_cases(architecture, quick)
     for stage in ("prepare", "scale_and_check", "lowrank_adam", "quantize_blockwise", "dequantize_blockwise"):
         yield Case(stage, _batch((bf16, bf16, bf16), 128))
     yield Case("lowrank_adam", _batch((bf16, bf16, torch.int8), 128))
@@ -214,19 +249,34 @@ def _call(case: Case) -> None:
     # Of the tensors that kernels get, dtypes count, and addresses as multiples of 16; these are allocated to 64.
     lowrank = torch.empty((1, batch.moments), dtype=torch.float32)
     direction = torch.empty((1, batch.moments), dtype=batch.factor_dtype)
+    of_long = torch.empty((1, batch.long_short()[0]), dtype=torch.float32)
     if case.stage == "prepare":
         one = torch.ones(())
         options = AdamOptions(one, grad_scale=one.double(), found_inf=one)
         stages.prepare(batch, control, options, 0.25)
     elif case.stage == "project":
-        for partial in (None, torch.empty((4, *lowrank.shape))):
-            stages.project(batch, control, lowrank, partial, final=True)
+        squares = None if case.scaling is None else of_long
+        for splits in (None, 4):
+            partial, partial_squares = (
+                None if splits is None or whole is None else torch.empty((splits, *whole.shape))
+                for whole in (lowrank, squares)
+            )
+            stages.project(
+                batch, control, lowrank, partial, final=True, squares=squares, partial_squares=partial_squares
+            )
     elif case.stage == "scale_and_check":
         stages.scale_and_check(direction, control, lowrank)
     elif case.stage == "lowrank_adam":
         stages.lowrank_adam(batch, control, lowrank, direction)
     elif case.stage == "back_project_update":
         stages.back_project_update(batch, control, direction)
+    elif case.stage == "gradient_factors":
+        apollo = ApolloOptions(scaling=case.scaling or "")
+        stages.gradient_factors(batch, control, lowrank, lowrank, of_long, of_long, of_long, apollo)
+    elif case.stage == "scaled_gradient_update":
+        stages.scaled_gradient_update(batch, control, of_long)
+    elif case.stage == "random_basis" and batch.magnitudes is not None:
+        stages.random_basis(direction.view(-1, batch.rank), RandomBasis(batch.rank, 1), batch.magnitudes)
     elif case.stage == "adam_update":
         stages.adam_update(batch, control)
     elif case.stage == "rotate_moments":

@@ -60,11 +60,14 @@ ELEMENTS = (
     "adam_update",
     "quantize_blockwise",
     "dequantize_blockwise",
+    "long_norms",
+    "gradient_factors",
+    "scaled_gradient_update",
 )
 
 
 def test_every_kernel_is_looked_at(kernels: list[Kernel]) -> None:
-    names = {f"{name}_kernel" for name in (*PRODUCTS, *ELEMENTS, "rotate_moments", "write_column")}
+    names = {f"{name}_kernel" for name in (*PRODUCTS, *ELEMENTS, "rotate_moments", "random_basis", "write_column")}
     assert {k["kernel"] for k in kernels} == names
 
 

@@ -6,6 +6,7 @@ subnormals), integers do the same on both: one code, one result.
 
 from __future__ import annotations
 
+import torch
 import triton
 from triton import language as tl
 
@@ -50,6 +51,7 @@ SKIP_GRADIENT = tl.constexpr(1)  # not representable; counted
 SKIP_FOUND_INF = tl.constexpr(2)  # the caller's, who counts it
 
 LARGEST_GRADIENT = tl.constexpr(_LARGEST)
+LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 BLOCK = tl.constexpr(BLOCK_SIZE)
 
 
@@ -112,22 +114,23 @@ def exact_step_size(control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def flag_unless(good: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
-    """Sets the skip flag unless all of ``good`` are true."""
-    if tl.min(good.to(tl.int32), axis=None) == 0:
+def flag_beyond(limit: tl.constexpr, x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """Sets the skip flag if an element of x, of those that are there, is NaN or larger than ``limit``."""
+    bad = there & ~(tl.abs(x) <= limit)
+    if tl.max(bad.to(tl.int32), axis=None) != 0:
         tl.atomic_or(control + tensor.to(tl.int64) * CONTROL_WORDS + SKIP, SKIP_GRADIENT, sem="relaxed")
 
 
 @triton.jit
 def flag_unless_representable(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
-    """Sets the skip flag if an element of x, of those that are there, is NaN or its square overflows."""
-    flag_unless(~there | (tl.abs(x) <= LARGEST_GRADIENT), control, tensor)
+    """The same if its square overflows."""
+    flag_beyond(LARGEST_GRADIENT, x, there, control, tensor)
 
 
 @triton.jit
 def flag_unless_finite(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
-    """Sets the skip flag if an element of x, of those that are there, is NaN or infinite."""
-    flag_unless(~there | (tl.abs(x) < float("inf")), control, tensor)
+    """The same if it is infinite."""
+    flag_beyond(LARGEST_FLOAT, x, there, control, tensor)
 
 
 @triton.jit
