@@ -140,7 +140,7 @@ def assert_same(got: Result, expected: Result) -> None:
 
 
 def assert_almost_same(got: Result, expected: Result, p: Problem) -> None:
-    """The same but for s: for one of the matrix the norms of long indices are rounded to float32 before they are summed.
+    """The same but for s: of the whole matrix' the norms of long indices are rounded to float32 before they are summed.
 
     Then the change may err by 2 u more, and a weight be rounded another way, or its code drawn another.
     """

@@ -1,6 +1,6 @@
 """``gradient_factors``: what the gradient's long indices are multiplied by, as csrc/core/apollo.h has it.
 
-Two launches: one takes the norms of the long indices, of Adam's direction and of R; the other, with one program for each
+Two launches: one takes the norms of the long indices, of Adam's direction and of R; the other, one program for each
 tensor, the norm of the scaled gradient, limits its growth and finishes the factors. All sums are in double and always
 in the same order.
 """

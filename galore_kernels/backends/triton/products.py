@@ -26,8 +26,8 @@ def upper_half(x: tl.tensor) -> tl.tensor:
 def multiply_add(a: tl.tensor, b: tl.tensor, sums: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """sums + a @ b. 16-bit operands of one dtype go to the tensor cores as they are, all others as float32.
 
-    int8 codes take the other operand's dtype, in which they are exact. Beside float32 neither they nor bfloat16 need six
-    products of bfloat16: float32 is the sum of three, taken off one after another, and each of the others is one.
+    int8 codes take the other operand's dtype, in which they are exact. Beside float32 neither they nor bfloat16 need
+    six products of bfloat16: float32 is the sum of three, taken off one after another, and each of the others is one.
     """
     if INTERPRETED:
         return tl.dot(to_float(a), to_float(b), sums, input_precision="ieee")

@@ -1,7 +1,7 @@
 """``project``: R = G @ P (right) or G.T @ P (left), in tiles of long rows x columns of the basis.
 
-Of a quantized basis P are the codes, and the sums are multiplied by its columns' scales. A basis that is given as a seed
-is drawn, each tile where it is multiplied, and the sums are multiplied by 1 / sqrt(rank).
+Of a quantized basis P are the codes, and the sums are multiplied by its columns' scales. A basis that is a seed is
+drawn, each tile where it is multiplied, and the sums are multiplied by 1 / sqrt(rank).
 
 Where a batch has too few tiles to fill the device, the short dimension is split; ``scale_and_check`` sums the parts.
 """
@@ -140,12 +140,11 @@ def project_kernel(
         flag_unless_representable(sums, there, control, tensor)
     own = out + (split.to(tl.int64) * count + tensor) * (long * rank)
     tl.store(tile_of(own, row0, column0, rank, ROWS, COLUMNS, OFFSETS), sums, there)
-    if SQUARES:
-        if column_tile == 0:
-            if SCALED:
-                flag_unless_finite(row_squares, rows_there, control, tensor)
-            own_squares = squares + (split.to(tl.int64) * count + tensor) * long + row0
-            tl.store(own_squares + tl.arange(0, ROWS), row_squares, rows_there)
+    if SQUARES and column_tile == 0:
+        if SCALED:
+            flag_unless_finite(row_squares, rows_there, control, tensor)
+        own_squares = squares + (split.to(tl.int64) * count + tensor) * long + row0
+        tl.store(own_squares + tl.arange(0, ROWS), row_squares, rows_there)
 
 
 def project_splits(batch: Batch) -> int:

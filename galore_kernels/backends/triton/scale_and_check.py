@@ -50,9 +50,7 @@ def scale_and_check_kernel(
     tl.store(lowrank + offsets, sums, there)
 
 
-def _launch(
-    source: Tensor, splits: int, control: Tensor, lowrank: Tensor, scaled: bool, finite: bool = False
-) -> None:
+def _launch(source: Tensor, splits: int, control: Tensor, lowrank: Tensor, scaled: bool, finite: bool = False) -> None:
     count, elements = lowrank.shape
     tile = configuration.element_tile("scale_and_check", elements)
     programs_each = -(-block_count(elements) // tile.blocks)

@@ -61,9 +61,7 @@ class TritonStages:
         from galore_kernels.backends.triton.project import project
 
         table = self._table(batch)
-        project(
-            batch, table, control, lowrank, partial, final=final, squares=squares, partial_squares=partial_squares
-        )
+        project(batch, table, control, lowrank, partial, final=final, squares=squares, partial_squares=partial_squares)
 
     def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
         from galore_kernels.backends.triton.scale_and_check import scale_and_check
