@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -11,6 +13,7 @@
 
 #include "core/absmax_block.h"
 #include "core/adam.h"
+#include "core/apollo.h"
 #include "core/rotate_moments.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
@@ -192,15 +195,15 @@ void adam_update(Address param, int param_dtype, Address grad, int grad_dtype, A
 }
 
 bool project(Address grad, int grad_dtype, index_t rows, index_t cols, int side, Address basis, int basis_dtype,
-             Address basis_scale, index_t rank, Address lowrank_out, double inv_grad_scale, Address workspace,
-             index_t threads) {
+             Address basis_scale, index_t rank, Address lowrank_out, Address squares, double inv_grad_scale,
+             Address workspace, index_t threads) {
     const Projection projection = projection_of(rows, cols, side, basis, basis_dtype, basis_scale, rank);
     const gk::DType grad_type = dtype_of("grad_dtype", grad_dtype);
     const int count = thread_count(threads);
     const py::gil_scoped_release unlocked;
     return selected_kernels().project(pointer<const void>(grad), grad_type, projection,
                                       static_cast<float>(inv_grad_scale), pointer<float>(lowrank_out),
-                                      pointer<void>(workspace), count);
+                                      pointer<float>(squares), pointer<void>(workspace), count);
 }
 
 void lowrank_adam(Address lowrank_inout, index_t n, Address m, Address v, Address m_absmax, Address v_absmax, double lr,
@@ -228,6 +231,65 @@ void back_project_update(Address param, int param_dtype, Address weight_scale, i
     const py::gil_scoped_release unlocked;
     selected_kernels().back_project_update(weight, projection, pointer<const float>(update),
                                            gk::adam_coefficients(scalars, scale), pointer<void>(workspace), count);
+}
+
+void random_basis(std::uint64_t seed, index_t rows, index_t rank, Address magnitudes, Address out, index_t threads) {
+    const int count = thread_count(threads);
+    at_least("rows", rows, 0);
+    at_least("rank", rank, 1);
+    const py::gil_scoped_release unlocked;
+    selected_kernels().random_basis(seed, rows, rank, pointer<const std::uint16_t>(magnitudes),
+                                    pointer<std::uint16_t>(out), count);
+}
+
+void row_squares(Address x, index_t rows, index_t columns, Address out, index_t threads) {
+    const int count = thread_count(threads);
+    at_least("rows", rows, 0);
+    at_least("columns", columns, 0);
+    const py::gil_scoped_release unlocked;
+    selected_kernels().row_squares(pointer<const float>(x), rows, columns, pointer<double>(out), count);
+}
+
+float gradient_factors(Address direction_squares, Address lowrank_squares, Address grad_squares, index_t n,
+                       bool per_tensor, double scale, bool scale_front, double norm_growth_limit, float scaled_norm,
+                       Address factors_out, double lr, double beta1, double beta2, double eps, double weight_decay,
+                       index_t step, double inv_grad_scale, bool maximize) {
+    const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
+    const double* of_direction = pointer<const double>(direction_squares);
+    const double* of_lowrank = pointer<const double>(lowrank_squares);
+    const float* of_gradient = pointer<const float>(grad_squares);
+    float* factors = pointer<float>(factors_out);
+    const double all_direction = std::accumulate(of_direction, of_direction + at_least("n", n, 0), 0.0);
+    const double all_lowrank = std::accumulate(of_lowrank, of_lowrank + n, 0.0);
+    double squares = 0.0;
+    for (index_t j = 0; j < n; ++j) {
+        factors[j] = per_tensor ? gk::gradient_factor(all_direction, all_lowrank)
+                                : gk::gradient_factor(of_direction[j], of_lowrank[j]);
+        squares += static_cast<double>(factors[j]) * factors[j] * of_gradient[j];
+    }
+    const double root = std::sqrt(scale);
+    const double norm = std::sqrt(squares) * inv_grad_scale * (scale_front ? root : 1.0);
+    const double limiter = gk::growth_limiter(norm, scaled_norm, norm_growth_limit);
+    const float step_size = gk::adam_coefficients(scalars, root / limiter).step_size;
+    for (index_t j = 0; j < n; ++j) factors[j] *= step_size;
+    return static_cast<float>(norm / limiter);
+}
+
+void scaled_gradient_update(Address param, int param_dtype, Address weight_scale, Address grad, int grad_dtype,
+                            index_t rows, index_t cols, int side, Address factors, double lr, double beta1,
+                            double beta2, double eps, double weight_decay, index_t step, double inv_grad_scale,
+                            bool maximize, Seed rounding_seed, index_t threads) {
+    const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
+    const Weight weight = projected_weight_of(param, param_dtype, weight_scale, rounding_seed, step);
+    const gk::DType grad_type = dtype_of("grad_dtype", grad_dtype);
+    const gk::Side oriented = side_of(side);
+    const int count = thread_count(threads);
+    at_least("rows", rows, 0);
+    at_least("cols", cols, 0);
+    const py::gil_scoped_release unlocked;
+    selected_kernels().scaled_gradient_update(weight, pointer<const void>(grad), grad_type, rows, cols, oriented,
+                                              pointer<const float>(factors), gk::adam_coefficients(scalars, 1.0),
+                                              count);
 }
 
 index_t workspace_bytes(index_t rows, index_t cols, index_t rank, int side, int param_dtype, index_t threads) {
@@ -296,10 +358,11 @@ PYBIND11_MODULE(_native, module) {
                "m_absmax"_a, "v_absmax"_a, "n"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a,
                "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "threads"_a,
                "One step of Adam at full rank. Both absmax 0: m and v are fp32.");
-    module.def(
-        "project", project, "grad"_a, "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "basis"_a, "basis_dtype"_a,
-        "basis_scale"_a, "rank"_a, "lowrank_out"_a, "inv_grad_scale"_a, "workspace"_a, "threads"_a,
-        "R (long, rank) fp32 = the projected gradient * inv_grad_scale. Returns whether all of R is representable.");
+    module.def("project", project, "grad"_a, "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "basis"_a, "basis_dtype"_a,
+               "basis_scale"_a, "rank"_a, "lowrank_out"_a, "squares"_a, "inv_grad_scale"_a, "workspace"_a, "threads"_a,
+               "R (long, rank) fp32 = the projected gradient * inv_grad_scale. squares: 0, or for the fp32 sums of "
+               "squares of\n"
+               "the gradient's long indices. Returns whether all of R is representable, and the squares finite.");
     module.def("lowrank_adam", lowrank_adam, "lowrank_inout"_a, "n"_a, "m"_a, "v"_a, "m_absmax"_a, "v_absmax"_a, "lr"_a,
                "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "threads"_a,
                "Updates the moments with R, which project() has scaled, and turns R into the direction U in place.");
@@ -308,6 +371,20 @@ PYBIND11_MODULE(_native, module) {
                "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a,
                "rounding_seed"_a, "workspace"_a, "threads"_a,
                "W <- (W - step_size * scale * X) * (1 - lr * weight_decay), X = U @ P.T (right) or P @ U.T (left).");
+    module.def("random_basis", random_basis, "seed"_a, "rows"_a, "rank"_a, "magnitudes"_a, "out"_a, "threads"_a,
+               "A random basis (rows, rank) times sqrt(rank), bf16; magnitudes: 2048 positive bf16.");
+    module.def("row_squares", row_squares, "x"_a, "rows"_a, "columns"_a, "out"_a, "threads"_a,
+               "The sums of squares of the rows of x (rows, columns) fp32, in fp64.");
+    module.def(
+        "gradient_factors", gradient_factors, "direction_squares"_a, "lowrank_squares"_a, "grad_squares"_a, "n"_a,
+        "per_tensor"_a, "scale"_a, "scale_front"_a, "norm_growth_limit"_a, "scaled_norm"_a, "factors"_a, "lr"_a,
+        "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a,
+        "APOLLO's factors (n) fp32 of the gradient's long indices, from three kinds of sums of squares: fp64 of\n"
+        "the directions and of R, fp32 of the unscaled gradient. Returns the scaled gradient's limited norm.");
+    module.def("scaled_gradient_update", scaled_gradient_update, "param"_a, "param_dtype"_a, "weight_scale"_a, "grad"_a,
+               "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "factors"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
+               "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "threads"_a,
+               "W <- (W - g * factor) * (1 - lr * weight_decay), a factor for each row (right) or column (left).");
     module.def("workspace_bytes", workspace_bytes, "rows"_a, "cols"_a, "rank"_a, "side"_a, "param_dtype"_a, "threads"_a,
                "Bytes of scratch memory that project() and back_project_update() need; of any alignment to 4.");
     module.def("rotate_moments", rotate_moments, "rows"_a, "rotation"_a, "rank"_a, "new_rank"_a, "m"_a, "v"_a,

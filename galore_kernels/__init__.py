@@ -9,6 +9,8 @@ from galore_kernels._native import build_info as _build_info
 from galore_kernels.nn import plain_state_dict, prepare, save_safetensors, unprepare
 from galore_kernels.ops import backend_info
 from galore_kernels.optim import (
+    APOLLOFusedAdam8bit,
+    APOLLOFusedAdamW,
     GaLoreFusedAdam8bit,
     GaLoreFusedAdamW,
     LayerwiseOptimizer,
@@ -19,6 +21,8 @@ from galore_kernels.optim import (
 __version__: str = _build_info()["version"]
 
 __all__ = [
+    "APOLLOFusedAdam8bit",
+    "APOLLOFusedAdamW",
     "GaLoreFusedAdam8bit",
     "GaLoreFusedAdamW",
     "LayerwiseOptimizer",

@@ -23,6 +23,7 @@ settings.load_profile("galore_kernels")
 
 #: The modules with the operations' own tests.
 OPERATIONS = {
+    "test_apollo_update",
     "test_adam8bit_update",
     "test_galore_update",
     "test_galore_update_quantized",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdamW, galore_param_groups, prepare
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 RANK = 16
 VOCABULARY, WIDTH, HIDDEN = 32, 40, 260

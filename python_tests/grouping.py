@@ -18,7 +18,7 @@ from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
 from galore_kernels.ops.registry import Backend
 from galore_kernels.optim import multi_tensor, skip_monitor
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 Params = dict[str, nn.Parameter]
 

@@ -157,6 +157,7 @@ def project(
         0,
         rank,
         lowrank.data_ptr(),
+        squares=0,
         inv_grad_scale=inv_grad_scale,
         workspace=scratch.data_ptr(),
         threads=threads,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 OPTIMIZERS: list[type[GaLoreAdam]] = [GaLoreFusedAdam8bit, GaLoreFusedAdamW]
 

@@ -3,6 +3,7 @@
 - GaLore: Zhao et al., arXiv 2403.03507, algorithm 2, in its orientation: P is (m, r), R = P.T G is (r, n).
 - Adam: Kingma and Ba, arXiv 1412.6980, algorithm 1, with bias-corrected moments; decoupled decay: arXiv 1711.05101.
   galore_torch's two choices are kept: eps is added to the uncorrected sqrt(v), and the decay follows the update.
+- APOLLO: Zhu et al., arXiv 2412.05270, section 4.1, with the norm-growth limiter of Fira, arXiv 2410.01623, equation 7.
 - 8-bit code: Dettmers et al., arXiv 2110.02861.
 - Moments in another basis: Robert et al., "LDAdam", arXiv 2410.16103, section 3, for bias-corrected moments.
 - Random bits: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-10).
@@ -10,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,48 @@ def back_project(direction: Array, basis: Array, long_basis: Array | None, side:
         return basis @ paper
     wide = direction if long_basis is None else long_basis @ direction
     return wide @ basis.T
+
+
+@dataclass(frozen=True)
+class Apollo:
+    """APOLLO's options; ``limit`` 0 is none."""
+
+    scale: float = 1.0
+    per_tensor: bool = False
+    scale_front: bool = False
+    limit: float = 1.01
+
+
+def long_norms(x: Array, per_tensor: bool) -> Array:
+    """(L, 1) norms of the rows of x, or of all of it."""
+    return np.sqrt((x**2).sum(axis=None if per_tensor else 1, keepdims=True))
+
+
+def apollo(
+    w: Array, g: Array, basis: Array, m: Array, v: Array, norm: float, a: Adam, o: Apollo, side: str
+) -> tuple[Array, Array, Array, float]:
+    """One step of APOLLO: the new weight and moments, and the norm that limits the next step's."""
+    lowrank = project(g, basis, None, side) / a.grad_scale
+    m, v = adam_moments(lowrank, m, v, replace(a, grad_scale=1.0))
+    # The limiter sees the gradient before Adam's bias correction.
+    correction = np.sqrt(1.0 - a.beta2**a.step) / (1.0 - a.beta1**a.step)
+    uncorrected = adam_direction(m, v, a) / correction
+    factors = long_norms(uncorrected, o.per_tensor) / (long_norms(lowrank, o.per_tensor) + 1e-8)
+    oriented = (g if side == "right" else g.T) / a.grad_scale * (-1.0 if a.maximize else 1.0)
+    scaled = factors * oriented * (np.sqrt(o.scale) if o.scale_front else 1.0)
+    size = float(np.sqrt((scaled**2).sum()))
+    if o.limit and norm:
+        allowed = max(size / (norm + 1e-8), o.limit) / o.limit
+        scaled, size = scaled / allowed, size / allowed
+    scaled = scaled * correction * (1.0 if o.scale_front else np.sqrt(o.scale))
+    return descend(w, scaled if side == "right" else scaled.T, a), m, v, size
+
+
+def random_basis(rows: int, rank: int, seed: int, magnitudes: Array) -> Array:
+    """Entries times sqrt(rank): sixteen random bits each, a row's first at the beginning of a block of eight."""
+    padded = -(-rank // 8) * 8
+    bits = random_bits16(seed, 0, rows * padded).reshape(rows, padded)[:, :rank].astype(np.int64)
+    return np.where(bits >> 15, -1.0, 1.0) * magnitudes[(bits >> 4) & 0x7FF]
 
 
 def basis_codes(codes: Array, rank: int) -> Array:

@@ -15,7 +15,7 @@ from optimizer_cases import OPTIMIZERS, assert_same_snapshot, snapshot
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim import factored as factored_module
 from galore_kernels.optim import step as step_module
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "periodic": {"update_proj_gap": 5, "moments_on_refresh": "rotate", "basis_format": "int8"},

@@ -34,7 +34,7 @@ from galore_kernels import (
     prepare,
     unprepare,
 )
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 #: Of losses from 3.7 down to 0.001 over 200 steps in float32, whose products are summed in another order.
 SAME_LOSS = 1e-4

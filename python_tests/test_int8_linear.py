@@ -24,7 +24,7 @@ from galore_kernels import (
     unprepare,
 )
 from galore_kernels.nn import Int8Linear
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.quantizers import GROUP_SIZE, dequantize_weight, quantize_weight
 
 

@@ -23,7 +23,7 @@ from galore_kernels import (
     prepare,
 )
 from galore_kernels.nn import FactoredLinear
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 #: Refreshes at steps 0, 4 and 8 of the runs.
 OPTIONS: dict[str, Any] = {"rank": RANK, "update_proj_gap": 4}

@@ -15,8 +15,8 @@ from optimizer_cases import OPTIMIZERS, OPTIONS, SHAPES, assert_same_snapshot, m
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.base import GaLoreAdam
 from galore_kernels.optim.checksum import state_checksum
+from galore_kernels.optim.galore import GaLoreAdam
 
 StateDict = dict[str, Any]
 Damage = Callable[[StateDict], object]

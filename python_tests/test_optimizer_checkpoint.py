@@ -26,7 +26,7 @@ from torch.optim import lr_scheduler
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, checkpoint
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 Params = dict[str, nn.Parameter]
 

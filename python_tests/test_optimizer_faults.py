@@ -26,7 +26,7 @@ from optimizer_cases import (
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 Params = dict[str, nn.Parameter]
 Pair = tuple[GaLoreAdam, Params]

@@ -10,7 +10,7 @@ from optimizer_cases import OPTIMIZERS, OPTIONS, assert_same_snapshot, make_para
 from torch import nn
 
 from galore_kernels import GaLoreFusedAdam8bit
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 SCALE = 2.0**7  # a power of two: scaling and unscaling are exact
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from galore_kernels.ops import registry
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 
 @pytest.fixture(params=["host", "device"])

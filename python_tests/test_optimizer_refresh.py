@@ -17,7 +17,7 @@ from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning, ops
 from galore_kernels.optim import refresh
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.optim.pending import Pending
 from galore_kernels.optim.state import adam_state, float_basis
 from galore_kernels.optim.update import Update

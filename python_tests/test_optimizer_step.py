@@ -15,7 +15,7 @@ from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, ops
 from galore_kernels.optim import refresh
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.subspace import PROJ_TYPES, Subspace, find_subspaces, projection_side, refresh_basis
 
 MATRIX_SHAPES = [(40, 24), (24, 40)]  # tall, wide

@@ -27,7 +27,7 @@ from torch.optim import lr_scheduler
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.galore import GaLoreAdam
 
 Pair = tuple[GaLoreAdam, dict[str, nn.Parameter]]
 

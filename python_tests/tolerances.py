@@ -172,6 +172,57 @@ def galore_step(
 
 
 @dataclass(frozen=True)
+class ApolloStep(GaloreStep):
+    """One exact APOLLO step, as ``GaloreStep``."""
+
+    norm: float
+    norm_bound: float
+
+
+def apollo_step(
+    w: Array,
+    g: Array,
+    basis: Array,
+    m: Array,
+    v: Array,
+    norm: float,
+    a: oracle.Adam,
+    o: oracle.Apollo,
+    *,
+    side: str,
+    weight_dtype: torch.dtype,
+) -> ApolloStep:
+    """The step in float64. Norms err by no more than the norms of their elements' errors."""
+    weight, new_m, new_v, size = oracle.apollo(w, g, basis, m, v, norm, a, o, side)
+    # Four: the gradient's scale, the random entries' 1 / sqrt(rank), and the rounding of both.
+    sums = (basis.shape[0] + 4) * U32
+    lowrank = oracle.project(g, basis, None, side) / a.grad_scale
+    lowrank_bound = sums * oracle.project(np.abs(g), np.abs(basis), None, side) / a.grad_scale
+    m_bound = (1 - a.beta1) * lowrank_bound + 5 * U32 * (np.abs(new_m) + np.abs(lowrank))
+    v_bound = (1 - a.beta2) * (2 * np.abs(lowrank) + lowrank_bound) * lowrank_bound + 8 * U32 * new_v
+    m_share = np.divide(m_bound, np.abs(new_m), out=np.zeros_like(new_m), where=new_m != 0)
+    v_share = np.divide(v_bound, new_v, out=np.zeros_like(new_v), where=new_v != 0)
+    direction = oracle.adam_direction(new_m, new_v, a)
+    direction_bound = np.abs(direction) * np.minimum(m_share + v_share / 2 + 5 * U32, 2.0)
+
+    def share(of: Array, bound: Array) -> Array:
+        norms = oracle.long_norms(of, o.per_tensor)
+        bounds = oracle.long_norms(bound, o.per_tensor)
+        return np.divide(bounds, norms, out=np.ones_like(norms), where=norms > 0) + (basis.shape[1] + 4) * U32
+
+    factor_share = share(direction, direction_bound) + share(lowrank, lowrank_bound)
+    # The squared norm is a sum of positive terms, each off by twice its factor's share; a 16-bit sum has fp32 lanes.
+    norm_share = float(factor_share.max(initial=0)) + (max(g.shape) + 4) * U32
+    change_share = factor_share + norm_share + 8 * U32
+    change = np.abs(w - weight / (1 - a.lr * a.weight_decay))
+    weight_bound = change * (change_share if side == "right" else change_share.T)
+    weight_bound = weight_bound + 4 * U32 * (np.abs(w) + np.abs(weight))
+    if weight_dtype != torch.float32:
+        weight_bound = weight_bound + rounding_of(weight, weight_dtype)
+    return ApolloStep(new_m, new_v, weight, m_bound, v_bound, weight_bound, size, size * (norm_share + 4 * U32))
+
+
+@dataclass(frozen=True)
 class TurnedMoments:
     """Exact moments in another basis, and the bounds of a float32 computation's errors, to first order in u."""
 

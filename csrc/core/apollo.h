@@ -11,10 +11,19 @@ namespace gk {
 // Added to norms that something is divided by.
 constexpr float kNormEps = 1e-8f;
 
-// s, of the sums of squares of Adam's directions and of the low-rank gradient.
+// Whether a sum of the squares of a long index of the gradient lets the update happen.
+GK_HOST_DEVICE bool squares_are_finite(float sum) { return sum <= 0x1.fffffep+127f; }
+
+GK_HOST_DEVICE float norm_of(double squares) { return static_cast<float>(std::sqrt(squares)); }
+
+// s, of the norms of Adam's directions and of the low-rank gradient.
+GK_HOST_DEVICE float factor_of_norms(float direction_norm, float lowrank_norm) {
+    return direction_norm / (lowrank_norm + kNormEps);
+}
+
+// The same, of the sums of squares.
 GK_HOST_DEVICE float gradient_factor(double direction_squares, double lowrank_squares) {
-    return static_cast<float>(std::sqrt(direction_squares)) /
-           (static_cast<float>(std::sqrt(lowrank_squares)) + kNormEps);
+    return factor_of_norms(norm_of(direction_squares), norm_of(lowrank_squares));
 }
 
 // l, what the scaled gradient of this norm is divided by. limit: 0 for none. previous: the last step's norm, 0 if none

@@ -11,7 +11,9 @@
 #include "adam_update.h"
 #include "back_project_update.h"
 #include "project.h"
+#include "random_basis.h"
 #include "rotate_moments.h"
+#include "scaled_gradient_update.h"
 
 #define GK_STRING_OF(name) #name
 #define GK_STRING(name) GK_STRING_OF(name)
@@ -47,6 +49,9 @@ const Kernels kernels = {GK_STRING(GK_ISA),
                          workspace_bytes,
                          rotate_moments,
                          rotate_workspace_bytes,
+                         random_basis,
+                         row_squares,
+                         scaled_gradient_update,
                          random_bits};
 
 }  // namespace gk::cpu::GK_ISA

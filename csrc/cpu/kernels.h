@@ -62,9 +62,10 @@ struct Kernels {
     bool (*all_representable)(const void* x, DType dtype, index_t n, float scale, int threads);
     void (*adam_update)(const Weight& weight, const void* grad, DType grad_dtype, const Moments& moments, index_t n,
                         const AdamCoefficients& coefficients, int threads);
-    // Returns whether every element of lowrank_out is representable.
+    // Returns whether every element of lowrank_out is representable. squares: null, or for the sums of the squares of
+    // the gradient's long indices, unscaled; then it also returns whether these are finite.
     bool (*project)(const void* grad, DType grad_dtype, const Projection& projection, float scale, float* lowrank_out,
-                    void* workspace, int threads);
+                    float* squares, void* workspace, int threads);
     void (*lowrank_adam)(float* lowrank_inout, index_t n, const Moments& moments, const AdamCoefficients& coefficients,
                          int threads);
     void (*back_project_update)(const Weight& weight, const Projection& projection, const float* update,
@@ -74,6 +75,14 @@ struct Kernels {
     void (*rotate_moments)(const Moments& source, const Moments& target, const Rotation& rotation, float c,
                            void* workspace, int threads);
     index_t (*rotate_workspace_bytes)(const Rotation& rotation, int threads);
+    // bf16 bits of the entries (rows, rank); magnitudes: see core/random_basis.h.
+    void (*random_basis)(std::uint64_t seed, index_t rows, index_t rank, const std::uint16_t* magnitudes,
+                         std::uint16_t* out, int threads);
+    // out (rows): the sums of the squares of x's rows.
+    void (*row_squares)(const float* x, index_t rows, index_t columns, double* out, int threads);
+    // factors: of each row on the right side, of each column on the left.
+    void (*scaled_gradient_update)(const Weight& weight, const void* grad, DType grad_dtype, index_t rows, index_t cols,
+                                   Side side, const float* factors, const AdamCoefficients& coefficients, int threads);
     void (*random_bits)(std::uint64_t seed, std::uint64_t stream, index_t n, std::uint16_t* out);
 };
 

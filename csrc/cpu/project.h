@@ -1,4 +1,5 @@
-// project: the low-rank gradient R (long, rank) = G @ P on the right side, G.T @ P on the left.
+// project: the low-rank gradient R (long, rank) = G @ P on the right side, G.T @ P on the left, and if asked for the
+// squared norms of G's long indices.
 //
 // A task owns a panel of long indices and sums over the short dimension in blocks, into R itself. P is packed once
 // for all tasks, the panel's part of G once per block.
@@ -7,6 +8,7 @@
 #include <atomic>
 
 #include "encode_block.h"
+#include "gradient_factors.h"
 #include "kernels.h"
 #include "pack.h"
 
@@ -94,12 +96,13 @@ static void pack_basis(const Projection& p, index_t first, index_t elements, flo
 }
 
 template <class Units, class G, Side kSide>
-static bool project_as(const G* grad, const Projection& p, PackBasis pack, float scale, float* lowrank,
+static bool project_as(const G* grad, const Projection& p, PackBasis pack, float scale, float* lowrank, float* squares,
                        float* workspace, int threads) {
     const index_t long_size = p.long_size(), short_size = p.short_size(), rank = p.rank;
     if (long_size == 0) return true;
     if (short_size == 0) {  // a sum of nothing
         std::memset(lowrank, 0, static_cast<std::size_t>(long_size * rank) * sizeof(float));
+        if (squares != nullptr) std::memset(squares, 0, static_cast<std::size_t>(long_size) * sizeof(float));
         return true;
     }
     const index_t padded_rank = padded_columns(rank);
@@ -119,10 +122,15 @@ static bool project_as(const G* grad, const Projection& p, PackBasis pack, float
         constexpr int kStepStride = kSide == Side::right ? 1 : kTileRows;
         float* tiles = packed_grad + slot * kProjectRows * kProjectDepth;
         const index_t first_row = task * kProjectRows, rows = at_most(kProjectRows, long_size - first_row);
+        float own_squares[kProjectRows] = {};
         for (index_t block = 0; block < blocks; ++block) {
             const index_t first = block * kBlock, elements = at_most(kBlock, short_size - first);
             const index_t depth = units_deep<Units>(elements);
             pack_gradient<Units, kSide>(grad, p, first_row, rows, first, elements, tiles);
+            if (squares != nullptr) {
+                const index_t corner = kSide == Side::right ? first_row * p.cols + first : first * p.cols + first_row;
+                add_squares<kSide>(grad + corner, p.cols, rows, elements, own_squares);
+            }
             const index_t steps = ceil_div(rows, kTileRows) * ceil_div(rank, kTileColumns);
             RegionPrefetch ahead = next_region<kSide>(grad, p, task, block, blocks, kBlock, threads, steps);
             const float* panel = packed_basis + block * kProjectDepth * padded_rank;
@@ -146,14 +154,17 @@ static bool project_as(const G* grad, const Projection& p, PackBasis pack, float
                 panel += width * depth;
             }
         }
-        if (!row_is_representable(lowrank + first_row * rank, rows * rank))
+        if (squares != nullptr) std::memcpy(squares + first_row, own_squares, sizeof(float) * rows);
+        if (!row_is_representable(lowrank + first_row * rank, rows * rank) ||
+            (squares != nullptr && !all_finite(own_squares, rows))) {
             representable.store(false, std::memory_order_relaxed);
+        }
     });
     return representable.load();
 }
 
 static bool project(const void* grad, DType grad_dtype, const Projection& p, float scale, float* lowrank,
-                    void* workspace, int threads) {
+                    float* squares, void* workspace, int threads) {
     return with_dtype(grad_dtype, [&](auto grad_element) {
         return with_basis_dtype(p.basis_dtype, [&](auto basis_element) {
             using G = decltype(grad_element);
@@ -161,8 +172,8 @@ static bool project(const void* grad, DType grad_dtype, const Projection& p, flo
             using Units = typename UnitsFor<std::is_same_v<G, Bf16> && kExactInBf16<B>>::type;
             const auto run =
                 p.side == Side::right ? project_as<Units, G, Side::right> : project_as<Units, G, Side::left>;
-            return run(static_cast<const G*>(grad), p, pack_basis<Units, B>, scale, lowrank, first_line(workspace),
-                       threads);
+            return run(static_cast<const G*>(grad), p, pack_basis<Units, B>, scale, lowrank, squares,
+                       first_line(workspace), threads);
         });
     });
 }

@@ -6,6 +6,8 @@ fail half-way. Weights that are not contiguous are updated in a copy and written
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from galore_kernels import _native
 from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES
 from galore_kernels.backends.reference.rotate_moments import rotate_moments as rotate_both_sides
 from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.apollo_update import ApolloOptions
 from galore_kernels.ops.projection import long_short
+from galore_kernels.ops.random_basis import RandomBasis, magnitudes
 from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
 
@@ -130,6 +134,7 @@ def galore_update(
         _address(basis_scale),
         rank,
         _address(lowrank),
+        squares=0,
         inv_grad_scale=_inverse_grad_scale(options),
         workspace=_address(workspace),
         threads=threads,
@@ -238,6 +243,95 @@ def _update_weight(
     _finish(param, weight, state)
 
 
+@functools.cache
+def _magnitudes(family: str) -> Tensor:
+    return magnitudes(family).to(torch.bfloat16)
+
+
+def random_basis(short: int, basis: RandomBasis, device: torch.device) -> Tensor:
+    drawn = torch.empty((short, basis.rank), dtype=torch.bfloat16)
+    table, threads = _magnitudes(basis.family), torch.get_num_threads()
+    _native.random_basis(basis.seed, short, basis.rank, _address(table), _address(drawn), threads)
+    return drawn
+
+
+def apollo_update(
+    param: Tensor,
+    grad: Tensor,
+    basis: Tensor | RandomBasis,
+    state: AdamState,
+    scaled_norm: Tensor,
+    options: AdamOptions,
+    apollo: ApolloOptions,
+    side: str,
+    weight_scale: Tensor | None = None,
+) -> None:
+    if _found_inf(options):
+        return
+    weight, grad, threads = param.contiguous(), grad.contiguous(), torch.get_num_threads()
+    rows, cols = param.shape
+    long, short = long_short((rows, cols), side)
+    inv_grad_scale = projected_scale = _inverse_grad_scale(options)
+    if isinstance(basis, RandomBasis):
+        projected_scale /= math.sqrt(basis.rank)
+        basis = random_basis(short, basis, param.device)
+    rank = basis.shape[1]
+    lowrank = torch.empty((long, rank), dtype=torch.float32)
+    squares, factors = torch.empty((2, long), dtype=torch.float32)
+    of_lowrank, of_direction = torch.empty((2, long), dtype=torch.float64)
+    workspace = _workspace(param, rank, side, threads)
+    representable = _native.project(
+        *_typed(grad),
+        rows,
+        cols,
+        SIDE_CODES[side],
+        *_typed(basis),
+        0,
+        rank,
+        _address(lowrank),
+        squares=_address(squares),
+        inv_grad_scale=projected_scale,
+        workspace=_address(workspace),
+        threads=threads,
+    )
+    if not representable:
+        state.skipped.add_(1)
+        return
+    scalars = _scalars(state, options, inv_grad_scale)
+    _native.row_squares(_address(lowrank), long, rank, _address(of_lowrank), threads)
+    _native.lowrank_adam(
+        _address(lowrank), lowrank.numel(), *_moments(state), **{**scalars, "inv_grad_scale": 1.0}, threads=threads
+    )
+    _native.row_squares(_address(lowrank), long, rank, _address(of_direction), threads)
+    norm = _native.gradient_factors(
+        _address(of_direction),
+        _address(of_lowrank),
+        _address(squares),
+        long,
+        apollo.scaling == "tensor",
+        apollo.scale,
+        apollo.scale_front,
+        apollo.norm_growth_limit or 0.0,
+        float(scaled_norm),
+        _address(factors),
+        **scalars,
+    )
+    _native.scaled_gradient_update(
+        *_typed(weight),
+        _address(weight_scale),
+        *_typed(grad),
+        rows,
+        cols,
+        SIDE_CODES[side],
+        _address(factors),
+        **scalars,
+        rounding_seed=options.rounding_seed,
+        threads=threads,
+    )
+    scaled_norm.fill_(norm)
+    _finish(param, weight, state)
+
+
 def rotate_moments(
     source: AdamState, target: AdamState, rotation: Tensor, long_rotation: Tensor | None, beta1: float, beta2: float
 ) -> None:
@@ -276,6 +370,8 @@ register(
             "galore_update": galore_update,
             "lowrank_update": lowrank_update,
             "rotate_moments": rotate_moments,
+            "random_basis": random_basis,
+            "apollo_update": apollo_update,
         },
         refuses=_refuses,
         describe=_native.build_info,

@@ -1,4 +1,4 @@
-"""The optimizer behind ``GaLoreFusedAdam8bit`` and ``GaLoreFusedAdamW``: groups, what it holds, persistence."""
+"""What is behind every optimizer: groups, what it holds, persistence."""
 
 from __future__ import annotations
 
@@ -16,65 +16,26 @@ from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.factored import check_factored
 from galore_kernels.optim.one_by_one import OneByOne
-from galore_kernels.optim.options import AUTO, check_group, check_param
+from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 
 
-class GaLoreAdam(OneByOne):
-    """Adam in the gradient's low-rank subspace: what both public optimizers are, but for the format of the moments."""
+class LowRankOptimizer(OneByOne):
+    """What all optimizers are but for their rule and their constructor.
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | str | None = 128,
-        rank_budget: int | None = None,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
-        refresh_method: str = "randomized",
-        refresh_schedule: str = "periodic",
-        warm_start: bool = False,
-        async_refresh: bool = False,
-        moments_on_refresh: str = "keep",
-        basis_format: str | None = None,
-        stochastic_rounding: bool = False,
-        maximize: bool = False,
-        project_nd: bool = False,
-        seed: int = 0,
-        backend: str = "auto",
-    ) -> None:
+    Args:
+        params: parameters, (name, parameter) pairs, or groups.
+        defaults: every key of a group but ``params``, with the constructor's values.
+        backend: "auto" or a backend's name.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], backend: str) -> None:
         registry.check_backend_name(backend)
         if isinstance(params, Tensor):
             raise TypeError("params: expected an iterable of tensors or groups, got a Tensor; wrap it in a list")
         entries = list(params)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "rank_budget": rank_budget,
-            "chosen_ranks": None,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "refresh_method": refresh_method,
-            "refresh_schedule": refresh_schedule,
-            "warm_start": warm_start,
-            "async_refresh": async_refresh,
-            "moments_on_refresh": moments_on_refresh,
-            "basis_format": basis_format,
-            "stochastic_rounding": stochastic_rounding,
-            "maximize": maximize,
-            "project_nd": project_nd,
-            "seed": seed,
-        }
-        check_group(defaults, f"{type(self).__name__}(...)")
+        defaults = {**SUBSPACE_DEFAULTS, **defaults}
+        check_group(defaults, f"{type(self).__name__}(...)", self._rule)
         self._backend = backend
         # Given groups of which some carry a rank, exactly those are projected.
         self._ranks_are_explicit = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
@@ -110,11 +71,12 @@ class GaLoreAdam(OneByOne):
         group["rank_is_explicit"] = explicit
         if group.get("rank", AUTO) != AUTO:
             group.setdefault("rank_budget", None)  # the constructor's is for those that are chosen
-        betas = group.get("betas", self.defaults["betas"])
-        group["betas"] = tuple(betas) if isinstance(betas, list) else betas
+        for key in self._rule.own_keys:
+            value = group.get(key, self.defaults[key])
+            group[key] = tuple(value) if isinstance(value, list) else value
         self._check_new_params(group["params"], where)
         first = f' ("{_entry_name(group["params"][0])}")' if group["params"] and _entry_name(group["params"][0]) else ""
-        check_group({**self.defaults, **group}, where + first)
+        check_group({**self.defaults, **group}, where + first, self._rule)
         if undecided({**self.defaults, **group}):
             params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
             check_budget({**self.defaults, **group, "params": params}, self._layout)
@@ -122,6 +84,11 @@ class GaLoreAdam(OneByOne):
             tensor = param[1] if isinstance(param, tuple) else param
             gradient = lowrank_gradient_of(tensor)
             if gradient is not None:
+                if not self._rule.takes_lowrank:
+                    raise ValueError(
+                        f"{where}: a layer of shape {tuple(gradient.weight.shape)} was prepared, and its full gradient "
+                        f"is never there, which {type(self).__name__} scales; unprepare the model"
+                    )
                 check_factored(gradient, {**self.defaults, **group}, where)
         super().add_param_group(group)
         if self._is_made:
@@ -156,19 +123,20 @@ class GaLoreAdam(OneByOne):
         Returns:
             For each that has a basis: ``rank``; ``captured``, the estimated share of the gradient's energy in it;
             ``overlap`` with the basis before, 1 if the subspace stayed and r / S if chance alone is left of it (None
-            at the first); ``refreshes``; ``refreshed_at``, the steps taken before the last; ``interval``, steps from
-            then to the next. Takes over what an asynchronous refresh has found, for which it waits.
+            at the first); both None where bases are drawn; ``refreshes``; ``refreshed_at``, the steps taken before the
+            last; ``interval``, steps from then to the next. Takes over what an asynchronous refresh has found, and
+            waits for it.
         """
         self._take_pending()
         report = {}
         for _, name, param, group in self._named_params():
             state = self.state.get(param)
             if state and state.get("refreshes"):
-                record = refresh_record(state)
+                record, layout = refresh_record(state), self._layout(param, group)
                 report[name] = {
-                    "rank": self._layout(param, group).rank,
-                    "captured": record.captured,
-                    "overlap": record.overlap if record.refreshes > 1 else None,
+                    "rank": layout.rank,
+                    "captured": None if layout.draws else record.captured,
+                    "overlap": record.overlap if record.refreshes > 1 and not layout.draws else None,
                     "refreshes": record.refreshes,
                     "refreshed_at": record.refreshed_at,
                     "interval": record.interval,
@@ -197,8 +165,7 @@ class GaLoreAdam(OneByOne):
         return total
 
     def __repr__(self) -> str:
-        moments = "8-bit" if self._eight_bit else "float32"
-        lines = [f"{type(self).__name__} ({moments} moments, backend {self._backend_name()})"]
+        lines = [f"{type(self).__name__} ({self._rule!r}, backend {self._backend_name()})"]
         for index, group in enumerate(self.param_groups):
             layouts = [self._layout(param, group) for param in group["params"] if param.requires_grad]
             lines.append(f"  group {index}: {describe_group(group, layouts)}")
@@ -247,7 +214,7 @@ class GaLoreAdam(OneByOne):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state, groups = serialization.checked(
-            state_dict, type(self).__name__, self.param_groups, list(self._named_params()), self._layout
+            state_dict, type(self).__name__, self.param_groups, list(self._named_params()), self._layout, self._rule
         )
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -2,7 +2,65 @@
 
 from __future__ import annotations
 
-from galore_kernels.optim.base import GaLoreAdam
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from galore_kernels.optim.base import LowRankOptimizer
+from galore_kernels.optim.rules import Adam
+
+
+class GaLoreAdam(LowRankOptimizer):
+    """Adam in the gradient's low-rank subspace: what both public optimizers are, but for the format of the moments."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | str | None = 128,
+        rank_budget: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        refresh_method: str = "randomized",
+        refresh_schedule: str = "periodic",
+        warm_start: bool = False,
+        async_refresh: bool = False,
+        moments_on_refresh: str = "keep",
+        basis_format: str | None = None,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        project_nd: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "rank_budget": rank_budget,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "refresh_method": refresh_method,
+            "refresh_schedule": refresh_schedule,
+            "warm_start": warm_start,
+            "async_refresh": async_refresh,
+            "moments_on_refresh": moments_on_refresh,
+            "basis_format": basis_format,
+            "stochastic_rounding": stochastic_rounding,
+            "maximize": maximize,
+            "project_nd": project_nd,
+            "seed": seed,
+        }
+        super().__init__(params, options, backend)
 
 
 class GaLoreFusedAdam8bit(GaLoreAdam):
@@ -52,10 +110,10 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
         ValueError, TypeError: an argument out of range; names argument, group and remedy.
     """
 
-    _eight_bit = True
+    _rule = Adam(eight_bit=True)
 
 
 class GaLoreFusedAdamW(GaLoreAdam):
     """GaLore with float32 Adam moments; everything else as ``GaLoreFusedAdam8bit``."""
 
-    _eight_bit = False
+    _rule = Adam(eight_bit=False)

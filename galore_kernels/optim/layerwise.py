@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from galore_kernels.optim.base import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.options import AUTO
 from galore_kernels.optim.scalars import Unscaling
 from galore_kernels.optim.update import Update
@@ -50,7 +50,7 @@ class LayerwiseOptimizer(Optimizer):
     gradients after this has used them.
 
     Args:
-        optimizer: a ``GaLoreFusedAdam8bit`` or ``GaLoreFusedAdamW``, to be used through this one from now on.
+        optimizer: any of this library's, to be used through this one from now on.
         accumulation_steps: backward passes to a step.
         max_grad_norm: clip the norm of all gradients to this; None doesn't.
         clipping: "previous" or "exact".
@@ -61,15 +61,15 @@ class LayerwiseOptimizer(Optimizer):
 
     def __init__(
         self,
-        optimizer: GaLoreAdam,
+        optimizer: LowRankOptimizer,
         *,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         clipping: str = "previous",
     ) -> None:
-        if not isinstance(optimizer, GaLoreAdam):
+        if not isinstance(optimizer, LowRankOptimizer):
             raise TypeError(
-                f"optimizer: expected a GaLoreFusedAdam8bit or GaLoreFusedAdamW, got {type(optimizer).__name__}"
+                f"optimizer: expected one of galore_kernels, as GaLoreFusedAdam8bit, got {type(optimizer).__name__}"
             )
         if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
             raise ValueError(f"accumulation_steps={accumulation_steps!r}: expected an integer >= 1; 1 is the default")

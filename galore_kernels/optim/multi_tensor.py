@@ -26,8 +26,9 @@ from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.projection import check_projected_weight, check_projection
 from galore_kernels.ops.registry import Backend
 from galore_kernels.optim.counters import Counter, Counters
-from galore_kernels.optim.options import KNOWN, matrix_shape
+from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import due_at
+from galore_kernels.optim.rules import Rule
 from galore_kernels.optim.state import adam_state
 from galore_kernels.optim.update import Update
 
@@ -36,7 +37,6 @@ Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 States = Mapping[Tensor, dict[str, Any]]
 
-_options = itemgetter(*(key for key in KNOWN if key not in ("params", "param_names", "lr", "betas")))
 #: Of a state's tensors those whose memory is worth moving elsewhere; who does so moves the smaller ones with them.
 _moments = itemgetter("exp_avg", "exp_avg_sq")
 _dtype, _shape, _layout, _is_leaf = map(attrgetter, ("dtype", "shape", "layout", "is_leaf"))
@@ -62,10 +62,16 @@ def reads_are_free(device: torch.device) -> bool:
 
 def own_states(states: States) -> list[dict[str, Any]]:
     """What this optimizer has made of ``optimizer.state``: others may keep things there as well."""
-    return [state for state in states.values() if type(state) is dict and "exp_avg" in state]
+    return [state for state in states.values() if type(state) is dict and "skipped" in state]
+
+
+def observed_options(rule: Rule) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """What gets the values of a group that a plan rests on. Learning rates are new in every step."""
+    return itemgetter(*(key for key in rule.keys if key not in ("params", "param_names", "lr")))
 
 
 def observe(
+    options_of: Callable[[Mapping[str, Any]], tuple[Any, ...]],
     groups: Sequence[Mapping[str, Any]],
     states: States,
     grads: Sequence[Tensor | None],
@@ -74,14 +80,14 @@ def observe(
 ) -> object:
     """What the checks and the plan of a step rest on, in values that are cheap to get and to compare.
 
-    Learning rates and the gradients' addresses, which are new in every step, are left out. Equal to nothing, not to
+    Learning rates and the gradients' addresses, which are new in every step, are left out: ``options_of`` is
+    ``observed_options``. Equal to nothing, not to
     itself either, if an option is a tensor, which may change in place. ``grads``: of all parameters. ``weights``: those
     whose low-rank gradients parameters carry. ``carriers``: ids of these, which lie where their gradients do.
     """
     options: list[Any] = []
     for group in groups:
-        values, betas = _options(group), group["betas"]
-        values += tuple(betas) if isinstance(betas, (tuple, list)) else (betas,)
+        values = [one for v in options_of(group) for one in (v if isinstance(v, (tuple, list)) else (v,))]
         kinds = list(map(type, values))
         if any(issubclass(kind, Tensor) for kind in kinds):
             return math.nan
@@ -152,7 +158,7 @@ class PlannedGroup:
         pairs = zip(members, own, strict=True)
         seeds = tuple(seed for member, state in pairs if (seed := member.rounding_seed(state)) is not None)
         group = UpdateGroup(
-            operation=_operation(first),
+            operation=operation_of(first) or "",
             # A view would keep the memory of a parameter that has moved: none is made where the shape fits.
             params=tuple(w if self._shape is None else w.detach().view(self._shape) for w in self.weights),
             states=tuple(map(adam_state, own)),
@@ -285,6 +291,8 @@ class Plan:
             return "it has no subspace yet"
         if "long_basis" in update.layout.bases:
             return "both its sides are projected"
+        if operation_of(update) is None:
+            return f"there is no {type(update.layout.rule).__name__} for several tensors"
         if type(update.weight) not in _PLAIN_TYPES or update.weight.is_inference():
             return "it is no plain parameter"
         return None if update.weight.is_contiguous() else "it is not contiguous"
@@ -311,15 +319,13 @@ def _key(update: Update, state: Mapping[str, Any]) -> tuple[Any, ...]:
     """What members of one group have in common."""
     weight, layout = update.weight, update.layout
     bases = [state[name].dtype for name in layout.bases]
-    kind = (_operation(update), weight.device, weight.dtype, weight.shape, update.grad.dtype, *bases)
+    kind = (operation_of(update), weight.device, weight.dtype, weight.shape, update.grad.dtype, *bases)
     return id(update.group), *kind, layout.rank, layout.side, layout.eight_bit, "exp_avg_absmax" in state
 
 
-def _operation(update: Update) -> str:
-    """The operation of ``galore_kernels.ops`` that updates it."""
-    if update.layout.side is None:
-        return "adam8bit_update"
-    return "galore_update" if update.factored is None else "lowrank_update"
+def operation_of(update: Update) -> str | None:
+    """The operation of ``galore_kernels.ops`` that updates it together with others, if there is one."""
+    return update.layout.rule.operation(update.layout, is_lowrank=update.factored is not None)
 
 
 def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters) -> None:

@@ -58,7 +58,7 @@ class OneByOne(SteppingOptimizer):
         states = {} if state is None else {param: state}
         group = {**update.group, "params": [param]}
         carriers = {id(param)} if update.factored is not None else ()
-        seen = multi_tensor.observe([group], states, [param.grad], [update.weight], carriers)
+        seen = multi_tensor.observe(self._observed, [group], states, [param.grad], [update.weight], carriers)
         plan = self._singles.get(id(param))
         if plan is None or not plan.holds(seen, self._select):
             plan = self._plan_of([update], unscaling, capture=False)
@@ -73,7 +73,13 @@ class OneByOne(SteppingOptimizer):
         They needn't if their projections suffice: if there is a subspace, which isn't due to be found anew.
         """
         state = self.state.get(update.param)
-        if update.layout.rank is None or update.factored is not None or not state or state["refreshes"] == 0:
+        if (
+            not self._rule.takes_lowrank
+            or update.layout.rank is None
+            or update.factored is not None
+            or not state
+            or state["refreshes"] == 0
+        ):
             return True
         return factored.call_of_refresh(update, state, self._counters) <= self._counters.calls
 

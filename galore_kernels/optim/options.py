@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,18 +25,20 @@ from galore_kernels.subspace import (
     projection_side,
 )
 
+if TYPE_CHECKING:
+    from galore_kernels.optim.rules.rule import Rule
+
 #: The ``rank`` that is chosen for each matrix at the first step.
 AUTO = "auto"
 
 #: Options that decide the shape of the state; a checkpoint must have been made with the same ones.
 STRUCTURAL = ("rank", "proj_type", "project_nd", "basis_format")
 
-KNOWN = (
+#: Keys of every optimizer's groups; a rule adds its own.
+COMMON = (
     "params",
     "param_names",
     "lr",
-    "betas",
-    "eps",
     "weight_decay",
     "rank",
     "rank_budget",
@@ -57,8 +59,20 @@ KNOWN = (
     "rank_is_explicit",
 )
 
+#: Of the keys that a constructor may leave out.
+SUBSPACE_DEFAULTS = {
+    "rank_budget": None,
+    "chosen_ranks": None,
+    "refresh_method": "randomized",
+    "refresh_schedule": "periodic",
+    "warm_start": False,
+    "async_refresh": False,
+    "moments_on_refresh": "keep",
+    "basis_format": None,
+}
 
-def _number(value: object) -> float | None:
+
+def number(value: object) -> float | None:
     """``value`` as a float if it is a real number (a 0-d tensor counts), else None."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value)
@@ -67,89 +81,87 @@ def _number(value: object) -> float | None:
     return None
 
 
-def _expect(where: str, key: str, value: object, ok: bool, expected: str, remedy: str) -> None:
+def expect(where: str, key: str, value: object, ok: bool, expected: str, remedy: str) -> None:
+    """Raises the ValueError of a group's option unless it is ``ok``."""
     if not ok:
         raise ValueError(f"{key}={value!r} in {where}: expected {expected}; {remedy}")
 
 
-def _expect_number(where: str, group: Mapping[str, Any], key: str, *, positive: bool, remedy: str) -> None:
-    number = _number(group[key])
+def expect_number(where: str, group: Mapping[str, Any], key: str, *, positive: bool, remedy: str) -> None:
+    """Raises ValueError unless the option is a finite number, positive or at least not negative."""
+    value = number(group[key])
     bound = "> 0" if positive else ">= 0"
-    ok = number is not None and math.isfinite(number) and (number > 0 if positive else number >= 0)
-    _expect(where, key, group[key], ok, f"a finite number {bound}", remedy)
+    ok = value is not None and math.isfinite(value) and (value > 0 if positive else value >= 0)
+    expect(where, key, group[key], ok, f"a finite number {bound}", remedy)
 
 
 def _expect_count(where: str, group: Mapping[str, Any], key: str, remedy: str) -> None:
     value = group[key]
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    _expect(where, key, value, ok, "an integer >= 1", remedy)
+    expect(where, key, value, ok, "an integer >= 1", remedy)
 
 
-def _expect_choice(where: str, group: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> None:
+def expect_choice(where: str, group: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the option is one of ``choices``."""
     value = group[key]
     if value in choices:
         return
     close = difflib.get_close_matches(str(value), choices, n=1)
     remedy = f'did you mean "{close[0]}"?' if close else "choose one of them"
-    _expect(where, key, value, False, f"one of {', '.join(choices)}", remedy)
+    expect(where, key, value, False, f"one of {', '.join(choices)}", remedy)
 
 
 def check_lr(group: Mapping[str, Any], where: str) -> None:
     """Checks the learning rate. Raises ValueError; of a tensor on a device the number isn't read: that would wait."""
     lr = group["lr"]
     if not (isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.numel() == 1 and not lr.is_complex()):
-        _expect_number(where, group, "lr", positive=False, remedy="1e-3 to 1e-2 are usual for GaLore")
+        expect_number(where, group, "lr", positive=False, remedy="1e-3 to 1e-2 are usual for GaLore")
 
 
-def check_scheduled(group: Mapping[str, Any], where: str) -> None:
+def check_scheduled(group: Mapping[str, Any], where: str, rule: Rule) -> None:
     """Checks what a scheduler may have changed since the group was made. Raises ValueError naming key and group."""
-    check_lr(group, where)
-    betas = group["betas"]
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    numbers = [_number(b) for b in betas] if pair else []
-    ok = pair and all(b is not None and 0.0 <= b < 1.0 for b in numbers)
-    _expect(where, "betas", betas, ok, "two numbers in [0, 1)", "(0.9, 0.999) is usual")
-    _expect_number(where, group, "eps", positive=False, remedy="1e-8 is usual")
-    _expect_number(where, group, "weight_decay", positive=False, remedy="0 turns it off")
-    _expect_choice(where, group, "proj_type", PROJ_TYPES)
-    _expect_number(where, group, "scale", positive=True, remedy="0.25 is GaLore's default")
+    rule.check(group, where)
+    expect_number(where, group, "weight_decay", positive=False, remedy="0 turns it off")
+    expect_choice(where, group, "proj_type", PROJ_TYPES)
+    expect_number(where, group, "scale", positive=True, remedy="0.25 is GaLore's default")
     _expect_count(where, group, "update_proj_gap", "200 is GaLore's default")
-    _expect_choice(where, group, "refresh_schedule", REFRESH_SCHEDULES)
-    _expect_choice(where, group, "moments_on_refresh", MOMENTS_ON_REFRESH)
+    expect_choice(where, group, "refresh_schedule", REFRESH_SCHEDULES)
+    expect_choice(where, group, "moments_on_refresh", MOMENTS_ON_REFRESH)
 
 
-def check_group(group: Mapping[str, Any], where: str) -> None:
+def check_group(group: Mapping[str, Any], where: str, rule: Rule) -> None:
     """Checks every option of a complete group. Raises ValueError naming the key, the group and the remedy."""
+    known = rule.keys
     for key in group:
         # "rnak" is a typo; "lr_scale", "d_scale" and "lr0" are other libraries' own keys.
-        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.75)
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         if (
-            key not in KNOWN
+            key not in known
             and close
             and abs(len(close[0]) - len(key)) <= max(1, len(close[0]) // 6)
             and key[-1:].isalpha()
         ):
             raise ValueError(f'unknown key "{key}" in {where}: did you mean "{close[0]}"?')
-    check_scheduled(group, where)
+    check_scheduled(group, where, rule)
     if group["rank"] == AUTO:
         _expect_count(where, group, "rank_budget", 'rank="auto" divides so many bytes of state among the matrices')
     elif group["rank"] is not None:
         _expect_count(where, group, "rank", 'rank=None keeps the group at full rank, "auto" chooses')
         budget = group["rank_budget"]
-        _expect(where, "rank_budget", budget, budget is None, 'None unless rank="auto"', "leave one of them out")
+        expect(where, "rank_budget", budget, budget is None, 'None unless rank="auto"', "leave one of them out")
     ranks, count = group["chosen_ranks"], len(group.get("params", ()))
     whole = isinstance(ranks, (tuple, list)) and len(ranks) == count and all(map(_is_chosen_rank, ranks))
-    _expect(where, "chosen_ranks", ranks, ranks is None or whole, "None, or a rank for each parameter", "leave it out")
-    _expect_choice(where, group, "refresh_method", REFRESH_METHODS)
+    expect(where, "chosen_ranks", ranks, ranks is None or whole, "None, or a rank for each parameter", "leave it out")
+    expect_choice(where, group, "refresh_method", REFRESH_METHODS)
     if group["basis_format"] is not None:
-        _expect_choice(where, group, "basis_format", BASIS_FORMATS)
+        expect_choice(where, group, "basis_format", BASIS_FORMATS)
         both = group["proj_type"] == "full"
-        _expect(where, "basis_format", group["basis_format"], not both, 'None with proj_type="full"', "leave it out")
+        expect(where, "basis_format", group["basis_format"], not both, 'None with proj_type="full"', "leave it out")
     seed = group["seed"]
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
-    _expect(where, "seed", seed, is_seed, "an integer >= 0", "0 is the default")
+    expect(where, "seed", seed, is_seed, "an integer >= 0", "0 is the default")
     for key in ("stochastic_rounding", "maximize", "project_nd", "warm_start", "async_refresh"):
-        _expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
+        expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
 
 
 def _is_chosen_rank(rank: object) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from galore_kernels import ops
 from galore_kernels.optim.options import matrix_shape
+from galore_kernels.optim.rules import Adam
 from galore_kernels.optim.state import adam_state, float_basis, refresh_record
 from galore_kernels.optim.update import Update, derived_seed
 from galore_kernels.quantizers import quantize_basis
@@ -46,7 +47,7 @@ def due_at(update: Update, state: Mapping[str, Any]) -> int:
 
 def _schedule(update: Update) -> Schedule:
     group, layout = update.group, update.layout
-    chance = (layout.rank or 0) / layout.bases["basis"][0]
+    chance = (layout.rank or 0) / layout.short
     return Schedule(group["refresh_schedule"], group["update_proj_gap"], update.phase, chance)
 
 
@@ -121,6 +122,8 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
         again = schedule.planned(record, step)
         return {"next_refresh": again.next_refresh, "interval": again.interval} if record.refreshes else {}
     changed: Changes = {}
+    if update.layout.draws:
+        changed["basis_seed"] = derived_seed(group["seed"], update.index, "basis", record.refreshes)
     for name, subspace in found.items():
         if update.layout.basis_format is None:
             changed[name] = subspace.basis.to(update.param.dtype)
@@ -128,30 +131,28 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
             changed[name], changed["basis_scale"] = quantize_basis(subspace.basis, update.layout.basis_format)
     overlap, moments = 0.0, group["moments_on_refresh"]
     reset = moments == "reset" and record.refreshes > 0
-    if record.refreshes:
+    if reset:
+        changed |= _reset(update)
+    if record.refreshes and found:
         with full_precision(), torch.autocast(update.param.device.type, enabled=False):
             turns = {name: float_basis(state, name).T @ float_basis(changed, name) for name in found}
         kept = [turn.square().sum() / found[name].basis.square().sum() for name, turn in turns.items()]
         overlap = min(map(float, kept))
         if moments == "rotate":
             changed |= _rotated(state, turns, group["betas"], backend)
-        elif reset:
-            changed |= _tensors(update.layout.new_state(update.param))
-    captured, counted = float(found["basis"].captured), int(state["step"])
+    basis, counted = found.get("basis"), int(state["step"])
+    captured, cold = (0.0, True) if basis is None else (float(basis.captured), basis.cold)
     record = RefreshRecord(
         refreshes=record.refreshes + 1,
         refreshed_at=record.counted_from + step,
         counted_from=record.counted_from + (counted if reset else 0),
         interval=record.interval,
         captured=captured,
-        captured_cold=captured if found["basis"].cold else record.captured_cold,
+        captured_cold=captured if cold else record.captured_cold,
         overlap=overlap,
     )
     planned = schedule.planned(record, 0, elapsed=counted - step) if reset else schedule.planned(record, step)
     return changed | asdict(planned)
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
 def _rotated(
@@ -165,11 +166,12 @@ def _rotated(
         long_rotation=turns.get("long_basis"),
         backend=backend,
     )
-    return {name: value for name in _MOMENTS if (value := getattr(adam, name)) is not None}
+    return {name: value for name in Adam.moment_names if (value := getattr(adam, name)) is not None}
 
 
-def _tensors(fresh: Mapping[str, Any]) -> Changes:
-    return {name: fresh[name] for name in (*_MOMENTS, "step") if name in fresh}
+def _reset(update: Update) -> Changes:
+    fresh = update.layout.new_state(update.param)
+    return {name: fresh[name] for name in (*update.layout.rule.moment_names, "step") if name in fresh}
 
 
 def take_over(state: dict[str, Any], changed: Mapping[str, Any]) -> None:

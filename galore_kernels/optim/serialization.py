@@ -10,7 +10,8 @@ from torch import Tensor
 
 from galore_kernels.nn.factored_linear import CARRIER
 from galore_kernels.optim.checksum import state_checksum
-from galore_kernels.optim.options import KNOWN, STRUCTURAL, check_group
+from galore_kernels.optim.options import STRUCTURAL, check_group
+from galore_kernels.optim.rules import Rule
 from galore_kernels.optim.state import Layout, check_state
 
 FORMAT_VERSION = 2
@@ -41,6 +42,7 @@ def checked(
     groups: list[dict[str, Any]],
     params: NamedParams,
     layout_of: Callable[[Tensor, dict[str, Any]], Layout],
+    rule: Rule,
 ) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
     """The state by parameter (copied to its device) and the groups of a state dict that passes every check.
 
@@ -48,7 +50,7 @@ def checked(
     """
     checksums = _check_header(state_dict, optimizer)
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    new_groups = _check_groups(saved_groups, groups)
+    new_groups = _check_groups(saved_groups, groups, rule)
     indices = [index for group in saved_groups for index in group["params"]]
     belongs = len(set(indices)) == len(indices) and set(saved_state) <= set(indices)
     if not belongs or set(checksums) != set(saved_state):
@@ -96,7 +98,7 @@ def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any,
     return checksums
 
 
-def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]], rule: Rule) -> list[dict[str, Any]]:
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in current]:
         raise ValueError(
             f"state_dict: param groups of {[len(g['params']) for g in saved]} parameters, the optimizer has "
@@ -105,11 +107,11 @@ def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) ->
     merged = []
     for index, (old, new) in enumerate(zip(saved, current, strict=True)):
         where = f"state_dict, param group {index}"
-        missing = [key for key in KNOWN if key in new and key not in old and key != "param_names"]
+        missing = [key for key in rule.keys if key in new and key not in old and key != "param_names"]
         if missing:
             raise ValueError(f"{where}: the keys {missing} are missing; the checkpoint is incomplete")
         _check_names(old.get("param_names"), new.get("param_names"), where)
-        for key in STRUCTURAL:
+        for key in (*STRUCTURAL, *rule.structural):
             if old[key] != new[key]:
                 raise ValueError(
                     f"{where}: {key}={old[key]!r}, the optimizer was built with {key}={new[key]!r}; "
@@ -117,9 +119,9 @@ def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) ->
                 )
         options = {**new, **{key: _copied(value) for key, value in old.items()}}
         options.update({key: new[key] for key in ("params", "param_names", "rank_is_explicit") if key in new})
-        options["betas"] = tuple(options["betas"])
-        options["chosen_ranks"] = None if options["chosen_ranks"] is None else tuple(options["chosen_ranks"])
-        check_group(options, where)
+        for key in (*rule.own_keys, "chosen_ranks"):
+            options[key] = tuple(options[key]) if isinstance(options[key], list) else options[key]
+        check_group(options, where, rule)
         merged.append(options)
     return merged
 

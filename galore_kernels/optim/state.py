@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from galore_kernels.optim.options import AUTO, matrix_shape, projected_rank, sid
 from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis
 from galore_kernels.subspace import RANK_MULTIPLE, RefreshRecord
 
-#: Tensors of fewer elements keep float32 moments: there is little to save and, in norms and biases, much to lose.
-MIN_8BIT_ELEMENTS = 4096
+if TYPE_CHECKING:
+    from galore_kernels.optim.rules.rule import Rule, Spec
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_ABSMAX = ("exp_avg_absmax", "exp_avg_sq_absmax")
 _BASES = ("basis", "long_basis")
 
 
@@ -30,51 +28,58 @@ class Layout:
     """What the state of a parameter consists of.
 
     Attributes:
+        rule: what the moments are for.
         rank: of the projection, or None at full rank.
         side: of the update operation ("left" or "right"), or None at full rank.
         bases: name -> shape of the bases, or of their codes; empty at full rank.
         basis_format: of a quantized basis, or None.
-        moments: shape of the moments.
+        moments: shape of what the moments are of: the gradient, or its projection.
         eight_bit: whether they are 8-bit.
+        short: the dimension that is projected; 0 at full rank.
+        draws: whether the basis is drawn from a seed, and not kept.
     """
 
+    rule: Rule
     rank: int | None
     side: str | None
     bases: dict[str, tuple[int, int]]
     moments: tuple[int, ...]
     eight_bit: bool
     basis_format: str | None = None
+    short: int = 0
+    draws: bool = False
 
     @classmethod
-    def of(cls, param: Tensor, group: Mapping[str, Any], *, eight_bit: bool) -> Layout:
-        """The layout that ``param`` has in ``group``; ``eight_bit`` is the optimizer's wish."""
+    def of(cls, param: Tensor, group: Mapping[str, Any], rule: Rule) -> Layout:
+        """The layout that ``param`` has in ``group``, for the optimizer's rule."""
         factored = lowrank_gradient_of(param)
         rank = projected_rank(param, group) if factored is None else factored.rank
         if rank is None:
-            large = param.numel() >= MIN_8BIT_ELEMENTS
-            return cls(None, None, {}, tuple(param.shape), eight_bit and large)
+            return cls(rule, None, None, {}, tuple(param.shape), rule.is_eight_bit(param.numel()))
         side = side_of(param, group) if factored is None else factored.side
         both = side == "full"
         side = "right" if both else side
         long, short = long_short(matrix_shape(param.shape if factored is None else factored.weight.shape), side)
         basis_format = group["basis_format"]
-        bases = {"basis": (short, rank) if basis_format is None else basis_code_shape(short, rank, basis_format)}
+        draws = rule.draws(group)
+        shape = (short, rank) if basis_format is None else basis_code_shape(short, rank, basis_format)
+        bases = {} if draws else {"basis": shape}
         if both:
             bases["long_basis"] = (long, rank)
         moments = (rank if both else long, rank)
         # Chosen ranks are fitted to a budget: moments have the format of the least, so that bytes rise with ranks.
         least = min(rank, RANK_MULTIPLE) if group["rank"] == AUTO else rank
-        eight_bit = eight_bit and least * (least if both else long) >= MIN_8BIT_ELEMENTS
-        return cls(rank, side, bases, moments, eight_bit, basis_format)
+        eight_bit = rule.is_eight_bit(least * (least if both else long))
+        return cls(rule, rank, side, bases, moments, eight_bit, basis_format, short, draws)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
-        """Whether the tensors of ``state`` have this layout's shapes, and its moments this layout's dtype."""
-        shapes = {**dict.fromkeys(_MOMENTS, self.moments), **self.bases}
-        dtypes = dict.fromkeys(_MOMENTS, torch.uint8 if self.eight_bit else torch.float32)
+        """Whether the tensors of ``state`` have this layout's shapes and, of moments and codes, its dtypes."""
+        specs: dict[str, Spec] = self.rule.moments(self)
         if self.basis_format is not None and self.bases:
-            dtypes["basis"] = BASIS_CODE_DTYPES[self.basis_format]
-        return all(key in state and tuple(state[key].shape) == shape for key, shape in shapes.items()) and all(
-            state[key].dtype == dtype for key, dtype in dtypes.items()
+            specs["basis"] = (self.bases["basis"], BASIS_CODE_DTYPES[self.basis_format])
+        return all(key in state and tuple(state[key].shape) == shape for key, shape in self.bases.items()) and all(
+            key in state and tuple(state[key].shape) == shape and state[key].dtype == dtype
+            for key, (shape, dtype) in specs.items()
         )
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
@@ -82,10 +87,11 @@ class Layout:
 
         They have the parameter's dtype unless they are quantized.
         """
-        adam = AdamState.zeros(self.moments, eight_bit=self.eight_bit, device=param.device)
-        state: dict[str, Any] = {"step": adam.step, "skipped": adam.skipped}
-        for name in (*_MOMENTS, *(_ABSMAX if self.eight_bit else ())):
-            state[name] = getattr(adam, name)
+        state: dict[str, Any] = {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "skipped": torch.zeros((), dtype=torch.int64, device=param.device),
+            **self.rule.new_tensors(self, param.device),
+        }
         if self.eight_bit:
             state["block_size"] = BLOCK_SIZE
         for name, shape in self.bases.items():
@@ -94,6 +100,8 @@ class Layout:
         if self.rank is not None:
             if self.basis_format is not None:
                 state["basis_scale"] = torch.zeros(self.rank, dtype=torch.float32, device=param.device)
+            if self.draws:
+                state["basis_seed"] = 0
             state.update(asdict(RefreshRecord()))
         return state
 

@@ -31,7 +31,7 @@ from galore_kernels.subspace import Gradient, phases
 
 
 class SteppingOptimizer(UpdatingOptimizer):
-    """What ``GaLoreAdam`` does at a step: what is looked at, planned and remembered around the updates."""
+    """What every optimizer does at a step: what is looked at, planned and remembered around the updates."""
 
     # Until then, prepared layers are left to the optimizer that they may have.
     _is_made = False
@@ -69,7 +69,7 @@ class SteppingOptimizer(UpdatingOptimizer):
                 index += 1
 
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        return Layout.of(param, group, eight_bit=self._eight_bit)
+        return Layout.of(param, group, self._rule)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -248,7 +248,7 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _observe(self, grads: list[Tensor | None]) -> object:
         weights = [gradient.weight for gradient in self._prepared]
         carriers = {id(gradient.carrier) for gradient in self._prepared}
-        return multi_tensor.observe(self.param_groups, self.state, grads, weights, carriers)
+        return multi_tensor.observe(self._observed, self.param_groups, self.state, grads, weights, carriers)
 
     def _collect(self, unscaling: Unscaling) -> list[Update]:
         self._check_groups()
@@ -259,7 +259,7 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def _check_groups(self) -> None:
         for index, group in enumerate(self.param_groups):
-            check_scheduled(group, f"param group {index}")
+            check_scheduled(group, f"param group {index}", self._rule)
 
     def _check(self, update: Update) -> None:
         check_param(update.param, update.name)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.optim.counters import Counters
-from galore_kernels.optim.multi_tensor import Gradients, Plan
+from galore_kernels.optim.multi_tensor import Gradients, Plan, observed_options
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.pending import Pending
 from galore_kernels.optim.refresh import (
@@ -28,9 +27,9 @@ from galore_kernels.optim.refresh import (
     is_due,
     take_over,
 )
+from galore_kernels.optim.rules import Rule
 from galore_kernels.optim.scalars import LearningRates, Unscaling
 from galore_kernels.optim.skip_monitor import SkipMonitor, Watched
-from galore_kernels.optim.state import adam_state
 from galore_kernels.optim.update import Update
 
 _WRAPPERS = ("galore_kernels", "torch")
@@ -41,9 +40,9 @@ class NonFiniteGradientWarning(UserWarning):
 
 
 class UpdatingOptimizer(Optimizer):
-    """How ``GaLoreAdam`` updates what a plan names. What it remembers, ``_forget`` may drop at any time."""
+    """How every optimizer updates what a plan names. What it remembers, ``_forget`` may drop at any time."""
 
-    _eight_bit: ClassVar[bool]
+    _rule: ClassVar[Rule]
     _backend: str
 
     def _forget(self) -> None:
@@ -54,6 +53,7 @@ class UpdatingOptimizer(Optimizer):
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
         self._pending = Pending()
+        self._observed = observed_options(self._rule)
 
     def _select(self, device: torch.device) -> registry.Backend:
         return registry.select("adam8bit_update", self._backend, device)
@@ -112,17 +112,10 @@ class UpdatingOptimizer(Optimizer):
 
     def _options(
         self, group: Mapping[str, Any], device: torch.device, unscaling: Unscaling, *, capture: bool = False
-    ) -> ops.AdamOptions:
+    ) -> Any:
         """The scalars of a step, but for the rounding's seed, which each tensor has its own of."""
-        return ops.AdamOptions(
-            self._rates.on(device, group["lr"], id(group), capturing=capture),
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
-            **unscaling.on(device),
-        )
+        lr = self._rates.on(device, group["lr"], id(group), capturing=capture)
+        return self._rule.scalars(group, lr, unscaling.on(device))
 
     def _look_at_skips(self, watched: Mapping[torch.device, Watched]) -> None:
         for device, own in watched.items():
@@ -132,7 +125,7 @@ class UpdatingOptimizer(Optimizer):
     def _apply(
         self,
         update: Update,
-        options: ops.AdamOptions,
+        options: Any,
         found: Found | None,
         finished: list[Tensor],
         lowrank: Tensor | None = None,
@@ -164,24 +157,19 @@ class UpdatingOptimizer(Optimizer):
                 changed = changes(update, state, found, step, self._backend)
             new = {**state, **changed}
             before = int(new["step"])
-            if layout.side is None:
-                ops.adam8bit_update(param, grad, adam_state(state), options, backend=self._backend)
-            else:
-                weight = target.reshape(matrix_shape(target.shape))
-                operation = ops.lowrank_update if is_lowrank else ops.galore_update
-                operation(
-                    weight,
-                    grad.reshape(matrix_shape(grad.shape)),
-                    new["basis"],
-                    adam_state(new),
-                    options,
-                    side=layout.side,
-                    scale=float(group["scale"]),
-                    long_basis=new.get("long_basis"),
-                    basis_scale=new.get("basis_scale"),
-                    weight_scale=update.weight_scale,
-                    backend=self._backend,
-                )
+            if layout.side is not None:
+                weight, grad = target.reshape(matrix_shape(target.shape)), grad.reshape(matrix_shape(grad.shape))
+            layout.rule.update(
+                weight,
+                grad,
+                new,
+                options,
+                group,
+                layout,
+                is_lowrank=is_lowrank,
+                weight_scale=update.weight_scale,
+                backend=self._backend,
+            )
             int(state["step"])  # here the host waits, and here Ctrl-C strikes
         finally:
             # The kernel decides whether a step was taken. A step that raised has changed nothing of this parameter; a
@@ -198,7 +186,7 @@ class UpdatingOptimizer(Optimizer):
                 finished.append(param)
             if taken and search is not None:
                 self._pending.keep(update, search, step)
-            if "step" in changed or changed.get("refreshes") == 1:
+            if "step" in changed or "basis_seed" in changed or changed.get("refreshes") == 1:
                 self._plan = None  # other seeds, or a first basis, so that it can be grouped with others
         if param in self.state and self._select(param.device).group is not None:
             skipped = self._counters.note(state, steps, skipped, skips)

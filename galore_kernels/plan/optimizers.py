@@ -15,7 +15,6 @@ import torch
 import galore_kernels
 from galore_kernels.backends.cpu import workspace_bytes
 from galore_kernels.backends.pipeline import WORKSPACE_BYTES
-from galore_kernels.optim.state import Layout
 from galore_kernels.plan.refresh import refresh_bytes
 from galore_kernels.plan.settings import Settings
 from galore_kernels.plan.shapes import LlamaShape, Matrix
@@ -96,8 +95,7 @@ def _our_state(
     group = {"params": tensors(True), "rank": rank, "proj_type": proj_type, "basis_format": basis_format}
     optimizer = getattr(galore_kernels, class_name)([group, {"params": tensors(False)}])
     group = optimizer.param_groups[0]
-    eight_bit = class_name == "GaLoreFusedAdam8bit"
-    states = (Layout.of(param, group, eight_bit=eight_bit).new_state(param) for param in group["params"])
+    states = (optimizer._layout(param, group).new_state(param) for param in group["params"])
     bases = sum(state[name].nbytes for state in states for name in ("basis", "basis_scale") if name in state)
     return optimizer.state_bytes() - bases, bases
 

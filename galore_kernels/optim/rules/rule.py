@@ -1,0 +1,92 @@
+"""What a rule has to tell the optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from galore_kernels.optim.options import COMMON
+
+if TYPE_CHECKING:
+    from galore_kernels.optim.state import Layout
+
+#: Of a tensor of the state: its shape and dtype.
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+
+class Rule(ABC):
+    """How an optimizer turns gradients into updates. It holds no state of its own.
+
+    Attributes:
+        own_keys: of a parameter group, beside those all optimizers have.
+        structural: those among them that decide what the state consists of.
+        moment_names: the state's entries that ``moments_on_refresh="reset"`` sets back.
+        takes_lowrank: whether the projected gradient is all it needs of one.
+    """
+
+    own_keys: tuple[str, ...]
+    structural: tuple[str, ...] = ()
+    moment_names: tuple[str, ...]
+    takes_lowrank = True
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys of a parameter group."""
+        return (*COMMON, *self.own_keys)
+
+    @abstractmethod
+    def check(self, group: Mapping[str, Any], where: str) -> None:
+        """Raises ValueError, naming key and group, unless the values of ``own_keys`` are possible."""
+
+    def draws(self, group: Mapping[str, Any]) -> bool:
+        """Whether the group's bases are drawn from a seed instead of found in gradients."""
+        return False
+
+    @abstractmethod
+    def is_eight_bit(self, elements: int) -> bool:
+        """Whether moments of so many elements are kept in 8 bits."""
+
+    @abstractmethod
+    def moments(self, layout: Layout) -> dict[str, Spec]:
+        """The moments, by their names in the state."""
+
+    @abstractmethod
+    def new_tensors(self, layout: Layout, device: torch.device) -> dict[str, Any]:
+        """The rule's part of the state before the first step."""
+
+    @abstractmethod
+    def scalars(self, group: Mapping[str, Any], lr: Tensor, unscaling: Mapping[str, Any]) -> Any:
+        """The options of the operation that a group's tensors share; with a field ``rounding_seed``.
+
+        ``unscaling``: ``grad_scale`` and ``found_inf``.
+        """
+
+    @abstractmethod
+    def update(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Any],
+        options: Any,
+        group: Mapping[str, Any],
+        layout: Layout,
+        *,
+        is_lowrank: bool,
+        weight_scale: Tensor | None,
+        backend: str,
+    ) -> None:
+        """Updates a weight and its state, all or nothing; counts a step in ``state["step"]``, or in ``["skipped"]``.
+
+        Args:
+            weight, grad: of any shape at full rank, else a matrix each.
+            is_lowrank: ``grad`` is the projected gradient.
+            weight_scale: of an int8 weight.
+        """
+
+    @abstractmethod
+    def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
+        """The operation whose backends may update many tensors in one call; None if each is updated by itself."""
