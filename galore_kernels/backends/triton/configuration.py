@@ -174,7 +174,8 @@ _BESIDE_CODES: dict[tuple[str, str, int, int], dict[str, Any]] = {
     ("sm_90", "project", 32, 16): {"rows": 128},
 }
 
-# The same where the basis is drawn: random bits, addresses of magnitudes and entries are alive together.
+# The same where the basis is drawn: random bits, addresses of magnitudes and entries are alive together. Of what is not
+# aligned (see there) the depth is 16.
 _BESIDE_DRAWN: dict[tuple[str, str, int, int], dict[str, Any]] = {
     ("sm_80", "project", 16, 16): {"depth": 32},
     ("sm_80", "project", 16, 32): {"depth": 32},
@@ -331,6 +332,8 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
             tile = replace(tile, stages=2)
     else:
         tile = _UNALIGNED[stage, bits]
+        if batch.magnitudes is not None:
+            tile = replace(tile, depth=16)
     return replace(tile, **_current().get(stage, {}))
 
 
