@@ -184,8 +184,12 @@ _BESIDE_DRAWN: dict[tuple[str, str, int, int], dict[str, Any]] = {
     ("sm_89", "project", 16, 16): {"depth": 32},
     ("sm_89", "project", 16, 32): {"depth": 32},
     ("sm_89", "project", 16, 64): {"depth": 32, "warps": 8},
+    ("sm_89", "project", 16, 128): {"depth": 16},
     ("sm_90", "project", 16, 256): {"depth": 32},
 }
+
+# The same where the gradient's squares are summed beside the product of a stored basis.
+_BESIDE_SQUARES: dict[tuple[str, str, int, int], dict[str, Any]] = {("sm_90", "project", 16, 256): {"warps": 16}}
 
 # Addresses or rows that are no multiples of 16 bytes are loaded element by element, each with its own mask. What counts
 # then is to stay within the registers.
@@ -316,7 +320,15 @@ def limits(architecture: str, stage: str, bits: int) -> tuple[int, ...]:
     return tuple(_PRODUCTS[architecture, stage, bits])
 
 
-def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
+def _beside(batch: Batch, squares: bool) -> dict[tuple[str, str, int, int], dict[str, Any]]:
+    if not batch.basis_dtype.is_floating_point:
+        return _BESIDE_CODES
+    if batch.magnitudes is not None:
+        return _BESIDE_DRAWN
+    return _BESIDE_SQUARES if squares else {}
+
+
+def _product_tile(stage: str, batch: Batch, bits: int, squares: bool = False) -> Tile:
     chosen = architecture(batch.device)
     if chosen == _OTHER and interpreted():
         tile = _INTERPRETED_INT8 if stage == "back_project_update_int8" else _INTERPRETED_PRODUCT
@@ -325,9 +337,7 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
         key = ("sm_89" if chosen == _OTHER else chosen, stage, bits)
         limit = next((limit for limit in _PRODUCTS[key] if limit >= batch.rank), max(_PRODUCTS[key]))
         tile = _PRODUCTS[key][limit]
-        codes = not batch.basis_dtype.is_floating_point
-        beside = _BESIDE_CODES if codes else _BESIDE_DRAWN if batch.magnitudes is not None else {}
-        tile = replace(tile, **beside.get((*key, limit), {}))
+        tile = replace(tile, **_beside(batch, squares).get((*key, limit), {}))
         if chosen == _OTHER:
             tile = replace(tile, stages=2)
     else:
@@ -337,12 +347,15 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
     return replace(tile, **_current().get(stage, {}))
 
 
-def project_tile(batch: Batch) -> Tile:
-    """The tile of ``project``. A basis' codes take the gradient's dtype, as does what is drawn."""
+def project_tile(batch: Batch, *, squares: bool = False) -> Tile:
+    """The tile of ``project``. A basis' codes take the gradient's dtype, as does what is drawn.
+
+    squares: whether it sums the gradient's too.
+    """
     stored = batch.basis_dtype.is_floating_point and batch.magnitudes is None
     basis_dtype = batch.basis_dtype if stored else batch.grad_dtype
     bits = 16 if batch.grad_dtype == basis_dtype != torch.float32 else 32
-    return _product_tile("project", batch, bits)
+    return _product_tile("project", batch, bits, squares)
 
 
 def back_project_update_tile(batch: Batch) -> Tile:

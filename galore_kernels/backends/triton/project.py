@@ -181,7 +181,7 @@ def project(
     squares: also the sums of the squares of the gradient's long indices.
     """
     long, short = batch.long_short()
-    tile = configuration.project_tile(batch)
+    tile = configuration.project_tile(batch, squares=squares is not None)
     splits = 1 if partial is None else partial.shape[0]
     launch(
         project_kernel,
