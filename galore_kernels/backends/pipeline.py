@@ -227,7 +227,7 @@ class Pipeline:
         if known is not None:
             return known
         values = magnitudes(family).to(torch.bfloat16)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capturing(device):
             # A graph can't hold a copy from memory that the host may free, and what it writes is its own.
             table = torch.empty_like(values, device=device)
             self.stages.write_column(table.view(torch.int64).view(-1, 1), 0, values.view(torch.int64).tolist())
@@ -325,6 +325,10 @@ class Pipeline:
             long_side.back_project(direction)
             direction = long_side.direction
         self.stages.back_project_update(batch, scratch.control, direction)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _at_once(batch: Batch) -> int:
