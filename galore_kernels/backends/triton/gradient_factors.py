@@ -40,7 +40,7 @@ def _gradient_factor(direction_norm: tl.tensor, lowrank_norm: tl.tensor) -> tl.t
 
 @triton.jit
 def _growth_limiter(norm: tl.tensor, previous: tl.tensor, limit: tl.tensor) -> tl.tensor:
-    """l, which the scaled gradient of this norm is divided by. limit: 0 for none. previous: up to 1e-8 tells nothing."""
+    """l, which the scaled gradient of this norm is divided by. limit: 0 for none. previous: 1e-8 tells nothing."""
     growth = norm / (previous + as_double(NORM_EPS))
     limited = (limit != 0.0) & (previous > as_double(NORM_EPS))
     return tl.where(limited, tl.maximum(growth, limit) / tl.where(limited, limit, 1.0), 1.0)
