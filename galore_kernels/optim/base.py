@@ -175,7 +175,7 @@ class LowRankOptimizer(OneByOne):
         if self._backend != "auto":
             return self._backend
         devices = {param.device for group in self.param_groups for param in group["params"]} - {torch.device("meta")}
-        chosen = {registry.select("galore_update", "auto", device).name for device in devices}
+        chosen = {registry.select(self._rule.served_by, "auto", device).name for device in devices}
         return f"auto -> {', '.join(sorted(chosen)) or 'none yet'}"
 
     # ------------------------------------------------------------------ persistence
