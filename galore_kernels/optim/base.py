@@ -17,6 +17,7 @@ from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.factored import check_factored
 from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
+from galore_kernels.optim.rules import Rule
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 
 
@@ -46,6 +47,11 @@ class LowRankOptimizer(OneByOne):
         self._is_made = True
         self._adopt()
 
+    @property
+    def rule(self) -> Rule:
+        """What it makes of gradients."""
+        return self._rule
+
     # ------------------------------------------------------------------ groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -74,7 +80,7 @@ class LowRankOptimizer(OneByOne):
         for key in self._rule.own_keys:
             value = group.get(key, self.defaults[key])
             group[key] = tuple(value) if isinstance(value, list) else value
-        self._check_new_params(group["params"], where)
+        self._check_new_params(group, where)
         first = f' ("{_entry_name(group["params"][0])}")' if group["params"] and _entry_name(group["params"][0]) else ""
         check_group({**self.defaults, **group}, where + first, self._rule)
         if undecided({**self.defaults, **group}):
@@ -94,9 +100,9 @@ class LowRankOptimizer(OneByOne):
         if self._is_made:
             self._adopt()
 
-    def _check_new_params(self, entries: list[Any], where: str) -> None:
+    def _check_new_params(self, group: dict[str, Any], where: str) -> None:
         present = {id(param) for group in self.param_groups for param in group["params"]}
-        for position, entry in enumerate(entries):
+        for position, entry in enumerate(group["params"]):
             if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
                 raise TypeError(
                     f"{where}, parameter {position}: expected a tensor or a (name, tensor) pair, got a tuple of "

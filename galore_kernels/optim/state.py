@@ -14,7 +14,7 @@ from galore_kernels.nn import lowrank_gradient_of
 from galore_kernels.ops.adam import WEIGHT_DTYPES, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.options import AUTO, matrix_shape, projected_rank, side_of
-from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis
+from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis, quantize_basis
 from galore_kernels.subspace import RANK_MULTIPLE, RefreshRecord
 
 if TYPE_CHECKING:
@@ -108,6 +108,13 @@ class Layout:
                 state["basis_seed"] = 0
             state.update(asdict(RefreshRecord()))
         return state
+
+    def stored_basis(self, name: str, basis: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The entries of the state that hold ``basis``, (S, r) float32; ``dtype``: the parameter's."""
+        if self.basis_format is None:
+            return {name: basis.to(dtype)}
+        codes, scale = quantize_basis(basis, self.basis_format)
+        return {name: codes, "basis_scale": scale}
 
 
 def adam_state(state: Mapping[str, Any]) -> AdamState:
