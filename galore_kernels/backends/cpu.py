@@ -389,7 +389,7 @@ def adafactor_update(param: Tensor, grad: Tensor, state: AdafactorState, options
         )
 
     if not _found_inf(options):
-        _adafactor(param, None, scaled_gradient(grad, options), state, options, 1.0, write)
+        _adafactor(param, None, scaled_gradient(grad.contiguous(), options), state, options, 1.0, write)
 
 
 def galore_adafactor_update(

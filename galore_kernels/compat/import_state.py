@@ -1,4 +1,4 @@
-"""``import_state_dict``: the state of galore_torch's, bitsandbytes' and torch's AdamW, made the state of ours."""
+"""``import_state_dict``: the state of galore_torch's, bitsandbytes' and torch's optimizers, made the state of ours."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from galore_kernels.ops import dequantize_blockwise, quantize_blockwise
+from galore_kernels.ops.adafactor_update import moment_shapes
 from galore_kernels.ops.projection import long_short
+from galore_kernels.optim import GaLoreFusedAdafactor
+from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import schedule_of
+from galore_kernels.optim.rules import Adafactor
 from galore_kernels.optim.serialization import HEADER, add_header, check_sizes, merged_groups
+from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
 from galore_kernels.quantizers import SIGNED_ZERO_CODE, UNSIGNED_ZERO_CODE, block_count, dynamic_map
 from galore_kernels.subspace import RefreshRecord
@@ -28,6 +33,8 @@ _DROPPED = (
     "t_alpha", "t_beta3",
 )  # fmt: skip
 
+_TURNED = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
+
 #: Largest deviation of a basis vector's length from 1: rounding of each entry to bfloat16 is 2^-9 of it.
 _UNIT_TOLERANCE = 0.01
 
@@ -38,11 +45,12 @@ def is_own(state_dict: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def import_state_dict(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> None:
+def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Loads the state dict of another package's optimizer, so that its training goes on where it was.
 
     Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, bitsandbytes' ``AdamW8bit`` (and
-    ``AdamW``), and ``torch.optim.AdamW``. Projectors may be galore_torch's objects, as ``state_dict()`` holds them (of
+    ``AdamW``), and ``torch.optim.AdamW``; for a ``GaLoreFusedAdafactor`` those of galore_torch's ``GaLoreAdafactor``
+    and transformers' ``Adafactor``. Projectors may be galore_torch's objects, as ``state_dict()`` holds them (of
     a file, ``torch.load(path, weights_only=False)`` gives them where galore_torch is installed), or dicts of their
     attributes. Moments are decoded, turned to long-major and, where the optimizer's are 8-bit, encoded; those in
     bitsandbytes' format that need no turning keep their codes. A second moment of theirs that was rounded to zero
@@ -61,10 +69,10 @@ def import_state_dict(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> N
         TypeError: ``optimizer`` is none of this library's. ValueError: the state dict is of another optimizer or other
             groups, ranks or shapes, lacks fields or holds NaN. The message names the parameter; nothing has changed.
     """
-    if not isinstance(optimizer, GaLoreAdam):
+    if not isinstance(optimizer, (GaLoreAdam, GaLoreFusedAdafactor)):
         raise TypeError(
-            f"optimizer: expected a GaLoreFusedAdam8bit or GaLoreFusedAdamW, got {type(optimizer).__name__}; pass the "
-            "one that a wrapper wraps"
+            "optimizer: expected a GaLoreFusedAdam8bit, GaLoreFusedAdamW or GaLoreFusedAdafactor, got "
+            f"{type(optimizer).__name__}; pass the one that a wrapper wraps"
         )
     if is_own(state_dict):
         raise ValueError("state_dict: saved by an optimizer of galore_kernels; pass it to load_state_dict")
@@ -78,11 +86,12 @@ def import_state_dict(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> N
     for index, update, group in zip(indices, optimizer.listed(), merged, strict=True):
         entry = saved.get(index)
         if entry and (step := _step(entry, update.name)):
-            state[index] = _converted({**entry, **entry.get(_HIDDEN, {})}, step, replace(update, group=group))
+            own = replace(update, group=group, layout=Layout.of(update.param, group, optimizer.rule))
+            state[index] = _converted({**entry, **entry.get(_HIDDEN, {})}, step, own)
     optimizer.load_state_dict(add_header({"state": state, "param_groups": groups}, type(optimizer).__name__))
 
 
-def _groups(optimizer: GaLoreAdam, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _groups(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The optimizer's groups with the state dict's options and parameters' indices."""
     current = optimizer.param_groups
     whole = isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping)
@@ -127,7 +136,7 @@ def _converted(state: Mapping[str, Any], step: int, update: Update) -> dict[str,
         )
     entry = layout.new_state(param)
     entry["step"].fill_(step)
-    entry |= _moments(state, update)
+    entry |= (_factored_moments if isinstance(layout.rule, Adafactor) else _moments)(state, update)
     if layout.rank is not None:
         for name, basis in _bases(_projector(state, update), update).items():
             entry |= layout.stored_basis(name, basis.contiguous(), param.dtype)
@@ -166,14 +175,33 @@ def _moments(state: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
             result[key], result[f"{key}_absmax"] = moment, scale
             continue
         values = (moment if scale is None else dequantize_blockwise(moment, scale, signed)).float()
-        if not bool(torch.isfinite(values).all()) or (not signed and bool((values < 0).any())):
-            raise ValueError(f"{update.name}: {key} of the state holds NaN, Inf or a negative square; it is damaged")
+        _check_values(values, key, update)
         values = (values.T if turned else values).contiguous()
         if layout.eight_bit:
             result[key], result[f"{key}_absmax"] = quantize_blockwise(values, signed)
         else:
             result[key] = values
     return result
+
+
+def _factored_moments(state: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
+    """The entries of the state that hold Adafactor's moments: where it is turned, their columns are our rows."""
+    layout, result = update.layout, {}
+    turned = layout.side == "left"
+    shape = layout.moments[::-1] if turned else layout.moments
+    for key, of in moment_shapes(shape, first_moment=layout.first_moment).items():
+        values = _tensor(state, key, update, of).float()
+        _check_values(values, key, update)
+        result[_TURNED.get(key, key) if turned else key] = (
+            values.T if turned and key == "exp_avg" else values
+        ).contiguous()
+    return result
+
+
+def _check_values(values: Tensor, key: str, update: Update) -> None:
+    """Raises ValueError unless ``values`` may be a moment's, first or second."""
+    if not bool(torch.isfinite(values).all()) or (key != "exp_avg" and bool((values < 0).any())):
+        raise ValueError(f"{update.name}: {key} of the state holds NaN, Inf or a negative square; it is damaged")
 
 
 def _absmax(state: Mapping[str, Any], number: int, codes: Tensor, update: Update) -> Tensor:
