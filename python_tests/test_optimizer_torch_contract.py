@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from optimizer_cases import (
+    EVERY_STATE,
     OPTIMIZERS,
     OPTIONS,
     SHAPES,
+    OptimizerClass,
     assert_same_snapshot,
     clone_params,
     make_params,
@@ -27,12 +29,12 @@ from torch.optim import lr_scheduler
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
-Pair = tuple[GaLoreAdam, dict[str, nn.Parameter]]
+Pair = tuple[LowRankOptimizer, dict[str, nn.Parameter]]
 
 
-def pair(optimizer_class: type[GaLoreAdam] = GaLoreFusedAdam8bit, **options: Any) -> Pair:
+def pair(optimizer_class: OptimizerClass = GaLoreFusedAdam8bit, **options: Any) -> Pair:
     """An optimizer of the standard parameters, and these."""
     params = make_params()
     return optimizer_class(params.values(), **{**OPTIONS, **options}), params
@@ -162,9 +164,9 @@ def test_maximize_is_descent_along_the_negated_gradient(backend: str) -> None:
     assert float((params["bias"].detach() - descended_params["bias"].detach()).abs().min()) > 1e-2
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_another_dtype(backend: str, optimizer_class: type[GaLoreAdam], dtype: torch.dtype) -> None:
+def test_gradients_of_another_dtype(backend: str, optimizer_class: OptimizerClass, dtype: torch.dtype) -> None:
     optimizer, params = pair(optimizer_class, backend=backend)
     expected, expected_params = pair(optimizer_class, backend=backend)
     for _ in range(5):
@@ -231,11 +233,11 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", VIEWS)
 def test_a_strided_view_is_updated_in_place_and_its_neighbours_are_not(
-    backend: str, optimizer_class: type[GaLoreAdam], dtype: torch.dtype, kind: str
+    backend: str, optimizer_class: OptimizerClass, dtype: torch.dtype, kind: str
 ) -> None:
     buffer = torch.randn(310, 200).to(dtype)
     before = buffer.clone()
@@ -344,9 +346,9 @@ COPIES: dict[str, Callable[[Pair], Pair]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @pytest.mark.parametrize("kind", COPIES)
-def test_copies_continue_bitwise(backend: str, optimizer_class: type[GaLoreAdam], kind: str) -> None:
+def test_copies_continue_bitwise(backend: str, optimizer_class: OptimizerClass, kind: str) -> None:
     both = pair(optimizer_class, backend=backend, seed=5)
     train(*both, range(2))
     copied = COPIES[kind](both)
