@@ -27,7 +27,7 @@ __all__ = [
     "differences",
 ]
 
-OURS = ("galore8bit", "galore")
+OURS = ("galore8bit", "galore", "galore_adafactor")
 OPTIMIZERS = (*OURS, "adamw", "adamw8bit", "galore_torch", "galore_torch8bit")
 FULL_RANK = ("adamw", "adamw8bit")
 GRADIENTS = ("dense", "factored")
@@ -164,6 +164,9 @@ class Config:
             self._expect(key, getattr(self, key) in choices, "one of " + ", ".join(filter(None, choices)))
         both = self.proj_type == "full"
         self._expect("basis_format", self.basis_format is None or not both, "none with --proj-type full")
+        rotates = self.optimizer != "galore_adafactor"
+        possible = self.moments_on_refresh != "rotate" or rotates
+        self._expect("moments_on_refresh", possible, f"keep or reset with --optimizer {self.optimizer}")
         ours = self.optimizer in OURS
         self._expect("gradients", self.gradients == "dense" or ours, f"dense with --optimizer {self.optimizer}")
         self._expect("gradients", self.gradients == "dense" or not both, "dense with --proj-type full")

@@ -64,7 +64,18 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
+def _adam_options(config: Config) -> dict[str, Any]:
+    return {"betas": _BETAS, "eps": config.eps}
+
+
+def _adafactor_options(_: Config) -> dict[str, Any]:
+    # As in the GaLore repository's torchrun_main.py; eps is another thing than Adam's, and stays Adafactor's.
+    return {"relative_step": False, "scale_parameter": False}
+
+
+def _galore_fused(
+    class_name: str, own_options: Callable[[Config], dict[str, Any]] = _adam_options
+) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
     def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
         import galore_kernels
 
@@ -87,7 +98,7 @@ def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.
         )
         optimizer_class = getattr(galore_kernels, class_name)
         optimizer: Any = optimizer_class(
-            groups, lr=config.lr, betas=_BETAS, eps=config.eps, weight_decay=config.weight_decay, seed=config.seed
+            groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **own_options(config)
         )
         if config.updates == "layerwise":
             return galore_kernels.LayerwiseOptimizer(
@@ -152,6 +163,7 @@ def _galore_torch_groups(model: torch.nn.Module, config: Config) -> list[dict[st
 _BUILDERS: dict[str, Callable[[torch.nn.Module, Config], torch.optim.Optimizer]] = {
     "galore8bit": _galore_fused("GaLoreFusedAdam8bit"),
     "galore": _galore_fused("GaLoreFusedAdamW"),
+    "galore_adafactor": _galore_fused("GaLoreFusedAdafactor", _adafactor_options),
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "galore_torch": _galore_torch,
