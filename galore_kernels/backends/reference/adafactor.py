@@ -52,7 +52,7 @@ def adafactor_step(
     alpha = _step_size(param, weight_scale, step, options)
     new, u = _second_moment(g, state, beta2.float(), (1 - beta2).float(), options.eps1)
     size = root_mean_square([u])
-    finite = torch.stack([size, *(moment.sum(dtype=torch.float64) for moment in new.values())]).isfinite().all()
+    finite = size.isfinite()
     for moment in new.values():
         finite = finite & moment.isfinite().all()
     clipped = alpha * size.clamp(max=options.clip_threshold)
