@@ -11,6 +11,7 @@ from galore_kernels.ops import backend_info
 from galore_kernels.optim import (
     APOLLOFusedAdam8bit,
     APOLLOFusedAdamW,
+    GaLoreFusedAdafactor,
     GaLoreFusedAdam8bit,
     GaLoreFusedAdamW,
     LayerwiseOptimizer,
@@ -23,6 +24,7 @@ __version__: str = _build_info()["version"]
 __all__ = [
     "APOLLOFusedAdam8bit",
     "APOLLOFusedAdamW",
+    "GaLoreFusedAdafactor",
     "GaLoreFusedAdam8bit",
     "GaLoreFusedAdamW",
     "LayerwiseOptimizer",

@@ -34,6 +34,12 @@ OPTIONS: dict[int | None, dict[str, Any]] = {
     None: {"lr": 3e-3, "weight_decay": 0.1},
 }
 
+#: Adafactor's: with a learning rate, as in GaLore's experiments; with its own step sizes and a first moment.
+ADAFACTOR_OPTIONS: dict[str, dict[str, Any]] = {
+    "given": {"lr": 1e-2, "weight_decay": 0.1, "relative_step": False, "scale_parameter": False},
+    "relative": {"weight_decay": 0.1, "beta1": 0.9, "eps": (1e-30, 0.1)},  # norms are larger, matrices smaller
+}
+
 #: Of the weights, norm-wise for each tensor: what the drop-ins promise over 300 steps in float32. Measured: 8e-7 with
 #: the same bases, 2e-6 at full rank, 4e-6 with each package's own SVD.
 PARITY = 1e-4
@@ -80,8 +86,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, tota
     def schedule(step: int) -> float:
         return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / total))
 
-    # From the middle on it reads initial_lr from the groups.
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule, last_epoch=steps.start - 1)
+    # From the middle on it reads initial_lr from the groups. There is nothing to schedule in Adafactor's own steps.
+    scheduled = all(group["lr"] is not None for group in optimizer.param_groups)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule, steps.start - 1) if scheduled else None
     losses = []
     for step in steps:
         batch = tokens(step)
@@ -89,7 +96,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, tota
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
+        if scheduler is not None:
+            scheduler.step()
         losses.append(loss.item())
     return losses
 
@@ -154,7 +162,7 @@ def injected(bases: Iterable[Tensor]) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run of galore_torch's AdamW.
+    """A training run of galore_torch's AdamW or Adafactor.
 
     Attributes:
         weights: by the number of steps taken. bases: in the order in which they were found.
@@ -169,10 +177,15 @@ class Run:
 
 
 @lru_cache(maxsize=2)
-def galore_torch_run(rank: int | None) -> Run:
+def galore_torch_run(rank: int | None, adafactor: str | None = None) -> Run:
+    """``adafactor``: a key of ``ADAFACTOR_OPTIONS``, or None for AdamW."""
     galore_torch = pytest.importorskip("galore_torch")
     model, bases = llama(), list[Tensor]()
-    optimizer = galore_torch.GaLoreAdamW(galore_groups(model, rank), **OPTIONS[rank], no_deprecation_warning=True)
+    groups = galore_groups(model, rank)
+    if adafactor is None:
+        optimizer = galore_torch.GaLoreAdamW(groups, **OPTIONS[rank], no_deprecation_warning=True)
+    else:
+        optimizer = galore_torch.GaLoreAdafactor(groups, **ADAFACTOR_OPTIONS[adafactor])
     by_steps = {0: weights(model)}
     with observed_projectors(bases):
         train(model, optimizer, range(IMPORT_AT))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from optimizer_cases import OptimizerClass
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdamW, galore_param_groups, prepare
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 RANK = 16
 VOCABULARY, WIDTH, HIDDEN = 32, 40, 260
@@ -57,7 +58,7 @@ class Run:
     """
 
     factored: bool
-    optimizer_class: type[GaLoreAdam] = GaLoreFusedAdamW
+    optimizer_class: OptimizerClass = GaLoreFusedAdamW
     backend: str = "auto"
     dtype: torch.dtype = torch.float32
     lr: float = 1e-2
@@ -71,7 +72,7 @@ class Run:
         self.optimizer = self.new_optimizer()
         self.steps = 0
 
-    def new_optimizer(self) -> GaLoreAdam:
+    def new_optimizer(self) -> LowRankOptimizer:
         # The lag that factored gradients have.
         options = {"update_proj_gap": 10, **self.options} | ({} if self.factored else {"async_refresh": True})
         groups = galore_param_groups(self.model, TARGETS, rank=RANK, **options)

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from update_cases import assert_same_bits
 
-from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdafactor, GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.galore import GaLoreAdam
 
-#: Those with every option of a subspace.
+
+class AdafactorAtALearningRate(GaLoreFusedAdafactor):
+    """With a first moment, and with a learning rate as the others have one."""
+
+    def __init__(self, params: Iterable[Any], lr: float | Tensor | None = 1e-3, **options: Any) -> None:
+        options = {"relative_step": False, "scale_parameter": False, "beta1": 0.9, **options}
+        super().__init__(params, lr, **options)
+
+
 OPTIMIZERS: list[type[GaLoreAdam]] = [GaLoreFusedAdam8bit, GaLoreFusedAdamW]
 
-AnyOptimizer = type[GaLoreAdam] | type[APOLLOFusedAdam8bit]
+#: Called as the public optimizers are.
+OptimizerClass = Callable[..., LowRankOptimizer]
+
+#: Those that keep the bases they find.
+WITH_BASES: list[OptimizerClass] = [*OPTIMIZERS, AdafactorAtALearningRate]
 
 #: One of each kind of state.
-EVERY_OPTIMIZER: list[AnyOptimizer] = [*OPTIMIZERS, APOLLOFusedAdam8bit]
+EVERY_STATE: list[OptimizerClass] = [*WITH_BASES, APOLLOFusedAdam8bit]
+
+
+def taken(optimizer_class: OptimizerClass, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options``, but for rotated moments where the optimizer's can't be: they are reset."""
+    rotates = optimizer_class is not AdafactorAtALearningRate or options.get("moments_on_refresh") != "rotate"
+    return {**options} if rotates else {**options, "moments_on_refresh": "reset"}
+
 
 #: Low rank, frequent refreshes, decay on: every term of a step acts within a few steps.
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 16, "update_proj_gap": 3, "weight_decay": 0.1}

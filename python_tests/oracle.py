@@ -4,6 +4,7 @@
 - Adam: Kingma and Ba, arXiv 1412.6980, algorithm 1, with bias-corrected moments; decoupled decay: arXiv 1711.05101.
   galore_torch's two choices are kept: eps is added to the uncorrected sqrt(v), and the decay follows the update.
 - APOLLO: Zhu et al., arXiv 2412.05270, section 4.1, with the norm-growth limiter of Fira, arXiv 2410.01623, equation 7.
+- Adafactor: Shazeer and Stern, arXiv 1804.04235, algorithms 4 and 5, with sums where the library keeps means.
 - 8-bit code: Dettmers et al., arXiv 2110.02861.
 - Moments in another basis: Robert et al., "LDAdam", arXiv 2410.16103, section 3, for bias-corrected moments.
 - Random bits: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-10).
@@ -117,6 +118,77 @@ def apollo(
         scaled, size = scaled / allowed, size / allowed
     scaled = scaled * correction * (1.0 if o.scale_front else np.sqrt(o.scale))
     return descend(w, scaled if side == "right" else scaled.T, a), m, v, size
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """One update's scalars; ``step`` is its number, from 1, and ``lr`` None for the paper's relative step."""
+
+    step: int
+    lr: float | None = None
+    eps1: float = 1e-30
+    eps2: float = 1e-3
+    clip: float = 1.0
+    decay_rate: float = -0.8
+    beta1: float | None = None
+    weight_decay: float = 0.0
+    scale_parameter: bool = True
+    warmup_init: bool = False
+    maximize: bool = False
+    grad_scale: float = 1.0
+
+    def beta2(self) -> float:
+        """The second moment's decay (section 7.2)."""
+        return float(1.0 - self.step**self.decay_rate)
+
+    def alpha(self, w: Array) -> float:
+        """The step size of a weight (section 8)."""
+        first = 1e-6 * self.step if self.warmup_init else 1e-2
+        rho = min(first, 1.0 / np.sqrt(self.step)) if self.lr is None else self.lr
+        return float(rho * max(self.eps2, np.sqrt((w**2).mean())) if self.scale_parameter else rho)
+
+
+@dataclass(frozen=True)
+class AdafactorMoments:
+    """The first moment, and the second as the library keeps it: whole, or its means over rows and columns.
+
+    Of what there isn't, an empty array.
+    """
+
+    m: Array
+    v: Array
+    row: Array
+    col: Array
+
+
+def adafactor_second_moment(g: Array, s: AdafactorMoments, a: Adafactor) -> tuple[AdafactorMoments, Array]:
+    """The new second moment (the first as it was), and the whole V that stands for it (algorithm 4, line 5)."""
+    keep, squares = a.beta2(), (g / a.grad_scale) ** 2 + a.eps1
+    if g.ndim < 2:
+        v = keep * s.v + (1.0 - keep) * squares
+        return replace(s, v=v), v
+    rows, cols = g.shape[-2:]
+    r = keep * cols * s.row[..., None] + (1.0 - keep) * squares.sum(axis=-1, keepdims=True)
+    c = keep * rows * s.col[..., None, :] + (1.0 - keep) * squares.sum(axis=-2, keepdims=True)
+    total = r.sum(axis=-2, keepdims=True)
+    v = np.divide(r * c, total, out=np.zeros_like(g), where=total > 0)
+    return replace(s, row=r[..., 0] / cols, col=c[..., 0, :] / rows), v
+
+
+def adafactor_unclipped(g: Array, v: Array, a: Adafactor) -> Array:
+    """U before its clipping."""
+    g = g / a.grad_scale * (-1.0 if a.maximize else 1.0)
+    return np.divide(g, np.sqrt(v), out=np.zeros_like(g), where=v > 0)
+
+
+def adafactor_change(w: Array, u: Array, s: AdafactorMoments, a: Adafactor) -> tuple[Array, AdafactorMoments]:
+    """What is subtracted of a weight (or projected back first), and the new first moment."""
+    clipped = u / max(1.0, float(np.sqrt((u**2).mean())) / a.clip)
+    change = a.alpha(w) * clipped
+    if a.beta1 is None:
+        return change, s
+    m = a.beta1 * s.m + (1.0 - a.beta1) * change
+    return m, replace(s, m=m)
 
 
 def random_basis(rows: int, rank: int, seed: int, magnitudes: Array) -> Array:

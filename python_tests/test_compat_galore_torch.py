@@ -23,15 +23,14 @@ from compat_cases import (
     train,
     weights,
 )
-from optimizer_cases import make_params, ranks, set_grads
+from optimizer_cases import OptimizerClass, make_params, ranks, set_grads
 from torch import nn
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.compat.galore_torch import GaLoreAdamW, GaLoreAdamW8bit
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.compat.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from galore_kernels.pretrain.rivals import patched_galore_torch_adamw8bit
 
-DROP_INS: list[type[GaLoreAdam]] = [GaLoreAdamW, GaLoreAdamW8bit]
+DROP_INS: list[OptimizerClass] = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor]
 
 # ---------------------------------------------------------------------- parity
 
@@ -101,7 +100,7 @@ def test_8_bit_training_stays_within_the_spread_of_seeds() -> None:
 
 
 @pytest.mark.parametrize("drop_in", DROP_INS)
-def test_signatures_are_galore_torchs(drop_in: type[GaLoreAdam]) -> None:
+def test_signatures_are_galore_torchs(drop_in: Any) -> None:
     theirs = getattr(pytest.importorskip("galore_torch"), drop_in.__name__)
     expected = [(p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()]
     got = [(p.name, p.kind, p.default) for p in inspect.signature(drop_in).parameters.values()]
@@ -110,14 +109,14 @@ def test_signatures_are_galore_torchs(drop_in: type[GaLoreAdam]) -> None:
 
 
 @pytest.mark.parametrize("drop_in", DROP_INS)
-def test_every_argument_can_be_given(drop_in: type[GaLoreAdam]) -> None:
+def test_every_argument_can_be_given(drop_in: OptimizerClass) -> None:
     arguments = {
         name: parameter.default for name, parameter in inspect.signature(drop_in).parameters.items() if name != "params"
     }
-    optimizer = drop_in([nn.Parameter(torch.zeros(2))], **arguments)
-    for key in ("lr", "betas", "eps", "weight_decay", "refresh_method", "seed"):
-        assert optimizer.param_groups[0][key] == arguments[key]
-    drop_in([nn.Parameter(torch.zeros(2))], 1e-3, (0.9, 0.999), 1e-6, 0.0)
+    group = drop_in([nn.Parameter(torch.zeros(2))], **arguments).param_groups[0]
+    for key in ("lr", "eps", "weight_decay", "refresh_method", "seed", *({"betas", "beta1"} & arguments.keys())):
+        assert group[key] == arguments[key]
+    drop_in([nn.Parameter(torch.zeros(2))], *list(arguments.values())[:4])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,7 @@ def test_deprecation_is_neither_warned_of_nor_asked_about() -> None:
 
 
 @pytest.mark.parametrize("drop_in", DROP_INS)
-def test_matrices_are_projected_by_their_groups_rank_alone(drop_in: type[GaLoreAdam]) -> None:
+def test_matrices_are_projected_by_their_groups_rank_alone(drop_in: OptimizerClass) -> None:
     params = make_params({"projected": (30, 40), "plain": (300, 200), "norm": (40,)})
     projected = {"params": [params["projected"]], "rank": 128, "update_proj_gap": 2, "scale": 0.25, "proj_type": "std"}
     optimizer = drop_in([{"params": [params["plain"], params["norm"]]}, projected])
@@ -157,7 +156,7 @@ def test_matrices_are_projected_by_their_groups_rank_alone(drop_in: type[GaLoreA
 
 @pytest.mark.parametrize("drop_in", DROP_INS)
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5)])
-def test_anything_but_a_matrix_is_refused_in_a_group_with_rank(drop_in: type[GaLoreAdam], shape: tuple[int]) -> None:
+def test_anything_but_a_matrix_is_refused_in_a_group_with_rank(drop_in: OptimizerClass, shape: tuple[int]) -> None:
     params = make_params({"w": (6, 7), "b": shape})
     with pytest.raises(
         ValueError, match=r"param group 0, parameter 1 \(\"b\"\): expected a matrix.*group without rank"

@@ -10,12 +10,11 @@ import pytest
 import torch
 from factored_cases import TARGETS, Run, batch, carriers, loss_of
 from failing_allocations import FailingAllocations, watch_operations
-from optimizer_cases import OPTIMIZERS, assert_same_snapshot, snapshot
+from optimizer_cases import EVERY_STATE, OptimizerClass, assert_same_snapshot, snapshot, taken
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim import factored as factored_module
 from galore_kernels.optim import step as step_module
-from galore_kernels.optim.base import LowRankOptimizer
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "periodic": {"update_proj_gap": 5, "moments_on_refresh": "rotate", "basis_format": "int8"},
@@ -35,13 +34,16 @@ def weights_only(value: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @pytest.mark.parametrize("steps", [1, 5, 6])  # within; right before a step that keeps factors; right after
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(
-    schedule: str, steps: int, optimizer_class: type[LowRankOptimizer]
+    schedule: str, steps: int, optimizer_class: OptimizerClass
 ) -> None:
-    fields: dict[str, Any] = {"optimizer_class": optimizer_class, "options": SCHEDULES[schedule]}
+    fields: dict[str, Any] = {
+        "optimizer_class": optimizer_class,
+        "options": taken(optimizer_class, SCHEDULES[schedule]),
+    }
     straight, stopped, resumed = (Run(True, **fields) for _ in range(3))
     straight.train(12)
     stopped.train(steps)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lowrank_models import RANK, Model, backward_passes, batch, run
-from optimizer_cases import OPTIMIZERS, assert_same_snapshot, snapshot
+from optimizer_cases import EVERY_STATE, OptimizerClass, assert_same_snapshot, snapshot
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +24,7 @@ from galore_kernels import (
     unprepare,
 )
 from galore_kernels.nn import Int8Linear
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.quantizers import GROUP_SIZE, dequantize_weight, quantize_weight
 
 
@@ -32,7 +32,7 @@ def prepared(dtype: torch.dtype = torch.float32) -> Model:
     return prepare(Model(dtype=dtype), rank=RANK, weights="int8")
 
 
-def optimizer_of(model: nn.Module, kind: type[GaLoreAdam] = GaLoreFusedAdam8bit, **options: Any) -> GaLoreAdam:
+def optimizer_of(model: nn.Module, kind: OptimizerClass = GaLoreFusedAdam8bit, **options: Any) -> LowRankOptimizer:
     return kind(galore_param_groups(model, update_proj_gap=4, **options), lr=1e-2)
 
 
@@ -130,8 +130,8 @@ def test_unmoved_weights_keep_their_codes() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"basis_format": "int4", "refresh_schedule": "staggered"}], ids=str)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_training_follows_that_of_plain_weights(kind: type[GaLoreAdam], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", EVERY_STATE)
+def test_training_follows_that_of_plain_weights(kind: OptimizerClass, options: dict[str, Any]) -> None:
     plain = prepare(Model(), rank=RANK)
     expected = run(plain, optimizer_of(plain, kind, **options), range(150))
     model = prepared()

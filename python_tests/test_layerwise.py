@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lowrank_models import RANK, Model, backward_passes, batch, loss_of, run
-from optimizer_cases import OPTIMIZERS, assert_same_snapshot, snapshot
+from optimizer_cases import EVERY_STATE, OptimizerClass, assert_same_snapshot, snapshot, taken
 from torch import Tensor, nn
 
 from galore_kernels import (
@@ -23,7 +23,7 @@ from galore_kernels import (
     prepare,
 )
 from galore_kernels.nn import FactoredLinear
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 #: Refreshes at steps 0, 4 and 8 of the runs.
 OPTIONS: dict[str, Any] = {"rank": RANK, "update_proj_gap": 4}
@@ -31,12 +31,12 @@ STEPS = 10
 
 
 def made(
-    optimizer: type[GaLoreAdam] = GaLoreFusedAdam8bit,
+    optimizer: OptimizerClass = GaLoreFusedAdam8bit,
     *,
     factored: bool = False,
     model: Model | None = None,
     **options: Any,
-) -> tuple[Model, GaLoreAdam]:
+) -> tuple[Model, LowRankOptimizer]:
     model = Model() if model is None else model
     if factored:
         prepare(model, rank=RANK)
@@ -60,11 +60,11 @@ SCHEDULES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("options", SCHEDULES, ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EVERY_STATE)
 def test_it_makes_the_weights_and_states_of_the_wrapped_optimizer(
-    optimizer: type[GaLoreAdam], options: dict[str, Any], factored: bool
+    optimizer: OptimizerClass, options: dict[str, Any], factored: bool
 ) -> None:
-    results = []
+    options, results = taken(optimizer, options), []
     for wrap in (False, True):
         model = Model()
         if factored:
@@ -115,7 +115,7 @@ def test_prepared_layers_give_up_the_memory_of_their_gradients() -> None:
 # ---------------------------------------------------------------------- accumulation
 
 
-def same_first_basis(model: Model, optimizer: GaLoreAdam) -> None:
+def same_first_basis(model: Model, optimizer: LowRankOptimizer) -> None:
     """A step of one backward pass: then both have the same bases, which come from the first pass under accumulation."""
     run(model, optimizer, [0])
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from optimizer_cases import (
-    EVERY_OPTIMIZER,
-    OPTIMIZERS,
+    EVERY_STATE,
     OPTIONS,
     SHAPES,
+    OptimizerClass,
     assert_same_snapshot,
     make_params,
     set_grads,
@@ -33,7 +33,7 @@ Damage = Callable[[StateDict], object]
 
 
 def trained(
-    optimizer_class: type[LowRankOptimizer] = GaLoreFusedAdam8bit, steps: int = 4, **options: Any
+    optimizer_class: OptimizerClass = GaLoreFusedAdam8bit, steps: int = 4, **options: Any
 ) -> tuple[LowRankOptimizer, dict[str, nn.Parameter]]:
     params = make_params()
     optimizer = optimizer_class(list(params.items()), **{**OPTIONS, **options})
@@ -60,7 +60,7 @@ def with_right_checksums(saved: StateDict) -> StateDict:
 # ---------------------------------------------------------------------- of something else
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -71,13 +71,13 @@ def with_right_checksums(saved: StateDict) -> StateDict:
         ({"project_nd": True}, "param group 0: project_nd=True"),
     ],
 )
-def test_of_other_options(optimizer_class: type[LowRankOptimizer], options: dict[str, Any], message: str) -> None:
+def test_of_other_options(optimizer_class: OptimizerClass, options: dict[str, Any], message: str) -> None:
     saved = trained(optimizer_class, **options)[0].state_dict()
     assert_refused(*trained(optimizer_class), saved, message)
 
 
 def test_of_another_optimizer() -> None:
-    saved = {c: trained(c)[0].state_dict() for c in EVERY_OPTIMIZER}
+    saved = {c: trained(c)[0].state_dict() for c in EVERY_STATE}
     assert_refused(*trained(), saved[GaLoreFusedAdamW], "saved by GaLoreFusedAdamW, not GaLoreFusedAdam8bit; construct")
     assert_refused(*trained(GaLoreFusedAdamW), saved[GaLoreFusedAdam8bit], "saved by GaLoreFusedAdam8bit")
 
@@ -237,10 +237,10 @@ def test_damaged_values_are_found_even_under_right_checksums(kind: str) -> None:
 
 
 # The state after four steps of every kind of parameter; made once, since each example only reads it.
-_SAVED: dict[type[LowRankOptimizer], tuple[LowRankOptimizer, dict[str, nn.Parameter], StateDict]] = {}
+_SAVED: dict[OptimizerClass, tuple[LowRankOptimizer, dict[str, nn.Parameter], StateDict]] = {}
 
 
-def saved_by(optimizer_class: type[LowRankOptimizer]) -> tuple[LowRankOptimizer, dict[str, nn.Parameter], StateDict]:
+def saved_by(optimizer_class: OptimizerClass) -> tuple[LowRankOptimizer, dict[str, nn.Parameter], StateDict]:
     if optimizer_class not in _SAVED:
         optimizer, params = trained(optimizer_class)
         _SAVED[optimizer_class] = optimizer, params, copy.deepcopy(optimizer.state_dict())
@@ -254,9 +254,9 @@ def flip(tensor: Tensor, bit: int) -> Tensor:
     return raw.view(tensor.dtype).view(tensor.shape)
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: type[LowRankOptimizer], data: st.DataObject) -> None:
+def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: OptimizerClass, data: st.DataObject) -> None:
     optimizer, params, pristine = saved_by(optimizer_class)
     index = data.draw(st.sampled_from(sorted(pristine["state"])))
     state = pristine["state"][index]
@@ -266,8 +266,8 @@ def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: type[LowRankOptimi
     assert_refused(optimizer, params, damaged, rf'parameter {index} \("{list(SHAPES)[index]}"\): ')
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
-def test_a_flipped_bit_at_both_ends_of_every_tensor(optimizer_class: type[LowRankOptimizer]) -> None:
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+def test_a_flipped_bit_at_both_ends_of_every_tensor(optimizer_class: OptimizerClass) -> None:
     optimizer, _, pristine = saved_by(optimizer_class)
     for index, state in pristine["state"].items():
         for key, value in state.items():

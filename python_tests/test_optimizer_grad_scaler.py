@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import EVERY_OPTIMIZER, OPTIONS, assert_same_snapshot, make_params, set_grads, snapshot, train
+from optimizer_cases import (
+    EVERY_STATE,
+    OPTIONS,
+    OptimizerClass,
+    assert_same_snapshot,
+    make_params,
+    set_grads,
+    snapshot,
+    train,
+)
 from torch import nn
 
 from galore_kernels import GaLoreFusedAdam8bit
@@ -28,10 +37,10 @@ def scaler_of(scale: float = SCALE) -> torch.amp.GradScaler:
     return scaler
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scaled_gradients_give_the_unscaled_run(
-    backend: str, optimizer_class: type[LowRankOptimizer], dtype: torch.dtype
+    backend: str, optimizer_class: OptimizerClass, dtype: torch.dtype
 ) -> None:
     # float16 gradients are what GradScaler is for; torch's own unscale_ refuses them.
     options: dict[str, Any] = {**OPTIONS, "backend": backend}

@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, SHAPES, clone_params, make_params, ranks, set_grads, snapshot, train
+from optimizer_cases import (
+    EVERY_STATE,
+    SHAPES,
+    OptimizerClass,
+    clone_params,
+    make_params,
+    ranks,
+    set_grads,
+    snapshot,
+    train,
+)
 from torch import Tensor, nn
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.subspace import PROJ_TYPES
 
 MATRICES = {
@@ -154,8 +163,8 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-def test_convolutions_are_projected_as_matrices(backend: str, kind: str, optimizer_class: type[GaLoreAdam]) -> None:
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+def test_convolutions_are_projected_as_matrices(backend: str, kind: str, optimizer_class: OptimizerClass) -> None:
     build, shape = CONVOLUTIONS[kind]
     weight = build().weight
     assert isinstance(weight, nn.Parameter)
@@ -207,11 +216,11 @@ def test_repr_says_what_auto_chose() -> None:
     assert "auto" in repr(GaLoreFusedAdamW(meta, rank=2))
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_state_bytes_are_counted_before_they_are_held(
-    backend: str, optimizer_class: type[GaLoreAdam], dtype: torch.dtype, proj_type: str
+    backend: str, optimizer_class: OptimizerClass, dtype: torch.dtype, proj_type: str
 ) -> None:
     shapes = {**SHAPES, "conv": (20, 4, 3, 3), "nothing": (0, 5), "large": (96, 90)}
     options: dict[str, Any] = {"rank": 70 if proj_type == "full" else 16, "proj_type": proj_type, "project_nd": True}
@@ -233,8 +242,8 @@ def test_state_bytes_of_one_matrix_by_hand() -> None:
     assert GaLoreFusedAdamW([weight]).state_bytes() == basis + 2 * 4 * moments + scalars
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-def test_a_copied_optimizer_leads_its_own_life(backend: str, optimizer_class: type[GaLoreAdam]) -> None:
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+def test_a_copied_optimizer_leads_its_own_life(backend: str, optimizer_class: OptimizerClass) -> None:
     params = make_params()
     optimizer = optimizer_class(params.values(), rank=16, backend=backend)
     train(optimizer, params, range(2))

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, assert_same_snapshot, clone_params, make_params, set_grads, snapshot, train
+from optimizer_cases import (
+    EVERY_STATE,
+    OPTIMIZERS,
+    OptimizerClass,
+    assert_same_snapshot,
+    clone_params,
+    make_params,
+    set_grads,
+    snapshot,
+    taken,
+    train,
+)
 from torch import Tensor, nn
 from update_cases import assert_same_bits
 
@@ -54,11 +65,11 @@ def refreshed_at(optimizer: GaLoreAdam, params: dict[str, nn.Parameter], steps: 
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=label)
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
 def test_resuming_at_any_step_is_not_having_stopped(
-    backend: str, optimizer_class: type[GaLoreAdam], options: dict[str, Any]
+    backend: str, optimizer_class: OptimizerClass, options: dict[str, Any]
 ) -> None:
-    params = make_params(SHAPES)
+    params, options = make_params(SHAPES), taken(optimizer_class, options)
     optimizer = optimizer_class(params.values(), **OPTIONS, **options, backend=backend)
     for stop in range(7):
         train(optimizer, params, [stop])

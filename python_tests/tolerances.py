@@ -225,6 +225,82 @@ def apollo_step(
 
 
 @dataclass(frozen=True)
+class AdafactorStep:
+    """One exact step of Adafactor from one state, and the bounds of a float32 computation's errors."""
+
+    weight: Array
+    weight_bound: Array
+    moments: oracle.AdafactorMoments
+    moment_bounds: oracle.AdafactorMoments
+
+
+def adafactor_step(
+    w: Array,
+    g: Array,
+    s: oracle.AdafactorMoments,
+    a: oracle.Adafactor,
+    *,
+    weight_dtype: torch.dtype,
+    basis: Array | None = None,
+    long_basis: Array | None = None,
+    side: str = "right",
+    scale: float = 1.0,
+    factor_dtype: torch.dtype = torch.float32,
+) -> AdafactorStep:
+    """The step in float64, at full rank without ``basis``. Norms err by no more than the norms of elements' errors."""
+    if basis is None:
+        low, low_bound = g, 2 * U32 * np.abs(g)  # the gradient's scale twice
+    else:
+        long_magnitudes = None if long_basis is None else np.abs(long_basis)
+        sums = (basis.shape[0] + (0 if long_basis is None else long_basis.shape[0]) + 3) * U32
+        low = oracle.project(g, basis, long_basis, side)
+        low_bound = sums * oracle.project(np.abs(g), np.abs(basis), long_magnitudes, side)
+    low_bound = low_bound / a.grad_scale
+    new, v = oracle.adafactor_second_moment(low, s, a)
+    size = np.abs(low) / a.grad_scale
+    rest = 1 - a.beta2()
+    square_bound = rest * ((2 * size + low_bound) * low_bound + 3 * U32 * (size**2 + a.eps1))
+
+    def share(bound: Array, of: Array) -> Array:
+        return np.divide(bound, of, out=np.zeros_like(of), where=of > 0)
+
+    # Six: the decay's rounding, two products, a sum, and the mean's quotient once more.
+    if low.ndim < 2:
+        bounds = replace(new, v=square_bound + 6 * U32 * new.v)
+        v_share = share(bounds.v, new.v)
+    else:
+        rows, cols = low.shape[-2:]
+        row_bound = square_bound.mean(axis=-1) + (cols + 6) * U32 * new.row
+        col_bound = square_bound.mean(axis=-2) + (rows + 6) * U32 * new.col
+        bounds = replace(new, row=row_bound, col=col_bound)
+        means = share(row_bound.mean(axis=-1, keepdims=True), new.row.mean(axis=-1, keepdims=True)) + (rows + 2) * U32
+        rows_share = share(row_bound, new.row) + means
+        v_share = rows_share[..., None] + share(col_bound, new.col)[..., None, :]
+    u = oracle.adafactor_unclipped(low, v, a)
+    u_bound = share(low_bound, np.sqrt(v)) + np.abs(u) * (v_share / 2 + 8 * U32)
+    change, new = oracle.adafactor_change(w, u, new, a)
+    norm = float(np.sqrt((u**2).sum()))
+    clipped = a.alpha(w) / max(1.0, norm / np.sqrt(max(1, u.size)) / a.clip)
+    norm_share = float(np.sqrt((u_bound**2).sum())) / norm if norm else 0.0
+    change_bound = clipped * (u_bound + (norm_share + 8 * U32) * np.abs(u))
+    if a.beta1 is not None:
+        change_bound = (1 - a.beta1) * change_bound + 8 * U32 * (np.abs(new.m) + np.abs(a.beta1 * s.m))
+        bounds = replace(bounds, m=change_bound)
+    if basis is not None:
+        if factor_dtype != torch.float32:  # what is rounded has a root mean square of 1: none of it is subnormal
+            change_bound = change_bound + 2.0 ** -(1 + _FORMAT[factor_dtype][0]) * np.abs(change)
+        sums = (basis.shape[1] + (0 if long_basis is None else long_basis.shape[1]) + 4) * U32
+        wide_bound = change_bound + sums * np.abs(change)
+        change_bound = abs(scale) * oracle.back_project(wide_bound, np.abs(basis), long_magnitudes, side)
+        change = scale * oracle.back_project(change, basis, long_basis, side)
+    weight = w - a.alpha(w) * a.weight_decay * w - change
+    weight_bound = change_bound + 4 * U32 * (np.abs(w) + np.abs(change))
+    if weight_dtype != torch.float32:
+        weight_bound = weight_bound + rounding_of(weight, weight_dtype)
+    return AdafactorStep(weight, weight_bound, new, bounds)
+
+
+@dataclass(frozen=True)
 class TurnedMoments:
     """Exact moments in another basis, and the bounds of a float32 computation's errors, to first order in u."""
 

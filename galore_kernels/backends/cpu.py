@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from torch import Tensor
 
 from galore_kernels import _native
 from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES
+from galore_kernels.backends.reference.adafactor import adafactor_step
+from galore_kernels.backends.reference.adam import scaled_gradient
 from galore_kernels.backends.reference.rotate_moments import rotate_moments as rotate_both_sides
-from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.adafactor_update import AdafactorOptions, AdafactorState
+from galore_kernels.ops.adam import AdamOptions, AdamState, StepOptions
 from galore_kernels.ops.apollo_update import ApolloOptions
 from galore_kernels.ops.projection import long_short
 from galore_kernels.ops.random_basis import RandomBasis, magnitudes
@@ -32,7 +37,7 @@ def _typed(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
 
 
-def _inverse_grad_scale(options: AdamOptions) -> float:
+def _inverse_grad_scale(options: StepOptions) -> float:
     # A tensor's division: a scale of 0 gives infinity, and the update is skipped, where Python's would raise.
     return 1.0 if options.grad_scale is None else float(1.0 / options.grad_scale.double())
 
@@ -59,7 +64,7 @@ def _moments(state: AdamState) -> tuple[int, int, int, int]:
     )
 
 
-def _found_inf(options: AdamOptions) -> bool:
+def _found_inf(options: StepOptions) -> bool:
     return options.found_inf is not None and float(options.found_inf) != 0.0
 
 
@@ -100,7 +105,7 @@ def adam8bit_update(param: Tensor, grad: Tensor, state: AdamState, options: Adam
     _finish(param, weight, state)
 
 
-def _finish(param: Tensor, weight: Tensor, state: AdamState) -> None:
+def _finish(param: Tensor, weight: Tensor, state: AdamState | AdafactorState) -> None:
     if weight.data_ptr() != param.data_ptr():
         param.copy_(weight)
     state.step.add_(1)
@@ -120,30 +125,10 @@ def galore_update(
 ) -> None:
     if _found_inf(options):
         return
-    grad, threads = grad.contiguous(), torch.get_num_threads()
-    rows, cols = param.shape
-    rank = _rank(basis, basis_scale)
-    lowrank = torch.empty((long_short((rows, cols), side)[0], rank), dtype=torch.float32)
-    workspace = _workspace(param, rank, side, threads)
-    representable = _native.project(
-        *_typed(grad),
-        rows,
-        cols,
-        SIDE_CODES[side],
-        *_typed(basis),
-        _address(basis_scale),
-        rank,
-        _address(lowrank),
-        squares=0,
-        inv_grad_scale=_inverse_grad_scale(options),
-        workspace=_address(workspace),
-        threads=threads,
-    )
-    if long_basis is not None:
-        both = torch.empty((long_basis.shape[1], rank), dtype=torch.float32)
-        lowrank = torch.mm(long_basis.float().T, lowrank, out=both)
-        representable = _representable(lowrank, threads)
-    if not representable:
+    threads = torch.get_num_threads()
+    workspace = _workspace(param, _rank(basis, basis_scale), side, threads)
+    lowrank = _projected(param, grad, basis, long_basis, basis_scale, options, side, workspace, threads)
+    if lowrank is None:
         state.skipped.add_(1)
         return
     _update_weight(
@@ -177,6 +162,42 @@ def lowrank_update(
     _update_weight(
         param, weight_scale, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads
     )
+
+
+def _projected(
+    param: Tensor,
+    grad: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    basis_scale: Tensor | None,
+    options: StepOptions,
+    side: str,
+    workspace: Tensor,
+    threads: int,
+) -> Tensor | None:
+    """R / grad_scale in float32, or None if it is not representable."""
+    rows, cols = param.shape
+    rank, grad = _rank(basis, basis_scale), grad.contiguous()
+    lowrank = torch.empty((long_short((rows, cols), side)[0], rank), dtype=torch.float32)
+    representable = _native.project(
+        *_typed(grad),
+        rows,
+        cols,
+        SIDE_CODES[side],
+        *_typed(basis),
+        _address(basis_scale),
+        rank,
+        _address(lowrank),
+        squares=0,
+        inv_grad_scale=_inverse_grad_scale(options),
+        workspace=_address(workspace),
+        threads=threads,
+    )
+    if long_basis is not None:
+        both = torch.empty((long_basis.shape[1], rank), dtype=torch.float32)
+        lowrank = torch.mm(long_basis.float().T, lowrank, out=both)
+        representable = _representable(lowrank, threads)
+    return lowrank if representable else None
 
 
 def _rank(basis: Tensor, basis_scale: Tensor | None) -> int:
@@ -223,7 +244,27 @@ def _update_weight(
     _native.lowrank_adam(_address(lowrank), lowrank.numel(), *_moments(state), **scalars, threads=threads)
     if long_basis is not None:
         torch.mm(wide, lowrank, out=direction)
-    rows, cols = param.shape
+    _back_project(
+        weight, weight_scale, direction, basis, basis_scale, side, scale, scalars, options, workspace, threads
+    )
+    _finish(param, weight, state)
+
+
+def _back_project(
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    direction: Tensor,
+    basis: Tensor,
+    basis_scale: Tensor | None,
+    side: str,
+    scale: float,
+    scalars: dict[str, Any],
+    options: StepOptions,
+    workspace: Tensor,
+    threads: int,
+) -> None:
+    """weight = (weight - step size * scale * X) * decay, X = direction @ basis.T or its transpose."""
+    rows, cols = weight.shape
     _native.back_project_update(
         *_typed(weight),
         _address(weight_scale),
@@ -240,7 +281,6 @@ def _update_weight(
         workspace=_address(workspace),
         threads=threads,
     )
-    _finish(param, weight, state)
 
 
 @functools.cache
@@ -332,6 +372,108 @@ def apollo_update(
     _finish(param, weight, state)
 
 
+def adafactor_update(param: Tensor, grad: Tensor, state: AdafactorState, options: AdafactorOptions) -> None:
+    def write(weight: Tensor, direction: Tensor, scale: float, scalars: dict[str, Any]) -> None:
+        factor = torch.full((1,), scale, dtype=torch.float32)
+        _native.scaled_gradient_update(
+            *_typed(weight),
+            0,
+            *_typed(direction),
+            1,
+            weight.numel(),
+            SIDE_CODES["right"],
+            _address(factor),
+            **scalars,
+            rounding_seed=options.rounding_seed,
+            threads=torch.get_num_threads(),
+        )
+
+    if not _found_inf(options):
+        _adafactor(param, None, scaled_gradient(grad.contiguous(), options), state, options, 1.0, write)
+
+
+def galore_adafactor_update(
+    param: Tensor,
+    grad: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    basis_scale: Tensor | None,
+    state: AdafactorState,
+    options: AdafactorOptions,
+    side: str,
+    scale: float,
+    weight_scale: Tensor | None = None,
+) -> None:
+    if _found_inf(options):
+        return
+    threads = torch.get_num_threads()
+    workspace = _workspace(param, _rank(basis, basis_scale), side, threads)
+    lowrank = _projected(param, grad, basis, long_basis, basis_scale, options, side, workspace, threads)
+    if lowrank is None:
+        state.skipped.add_(1)
+        return
+    rest = replace(options, grad_scale=None)  # the projection has divided by it
+    lowrank_adafactor_update(param, lowrank, basis, long_basis, basis_scale, state, rest, side, scale, weight_scale)
+
+
+def lowrank_adafactor_update(
+    param: Tensor,
+    lowrank_grad: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    basis_scale: Tensor | None,
+    state: AdafactorState,
+    options: AdafactorOptions,
+    side: str,
+    scale: float,
+    weight_scale: Tensor | None = None,
+) -> None:
+    if _found_inf(options):
+        return
+    threads = torch.get_num_threads()
+    workspace = _workspace(param, _rank(basis, basis_scale), side, threads)
+
+    def write(weight: Tensor, direction: Tensor, scale: float, scalars: dict[str, Any]) -> None:
+        wide = direction if long_basis is None else long_basis.float() @ direction
+        _back_project(weight, weight_scale, wide, basis, basis_scale, side, scale, scalars, options, workspace, threads)
+
+    g = scaled_gradient(lowrank_grad, options)
+    _adafactor(param, weight_scale, g, state, options, scale, write)
+
+
+def _adafactor(
+    param: Tensor,
+    weight_scale: Tensor | None,
+    g: Tensor,
+    state: AdafactorState,
+    options: AdafactorOptions,
+    scale: float,
+    write: Callable[[Tensor, Tensor, float, dict[str, Any]], None],
+) -> None:
+    """The step of a gradient, scaled and signed, that ``write`` puts into the weight.
+
+    ``write``: (weight, direction, step size, scalars): weight = (weight - step size * what the direction stands for)
+    * (1 - scalars["weight_decay"]).
+    """
+    if param.numel() == 0:
+        state.step.add_(1)
+        return
+    step = adafactor_step(g, param, weight_scale, state, options)
+    if not bool(step.finite):
+        state.skipped.add_(1)
+        return
+    weight = param.contiguous()
+    # Adafactor's decay comes first, the stages' last: (W - c / d X) d is W d - c X. Of no weight at all, d = 0, they
+    # leave 1e-15 of it, less than a rounding.
+    decay = float(step.decay) or 2.0**-50
+    scalars = {"lr": 1.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 1.0 - decay, "step": int(state.step)}
+    size = float(step.coefficient) * scale / decay
+    write(weight, step.direction.contiguous(), size, {**scalars, "inv_grad_scale": 1.0, "maximize": False})
+    for moment, value in step.moments:
+        moment.copy_(value)
+    _finish(param, weight, state)
+
+
 def rotate_moments(
     source: AdamState, target: AdamState, rotation: Tensor, long_rotation: Tensor | None, beta1: float, beta2: float
 ) -> None:
@@ -372,6 +514,9 @@ register(
             "rotate_moments": rotate_moments,
             "random_basis": random_basis,
             "apollo_update": apollo_update,
+            "adafactor_update": adafactor_update,
+            "galore_adafactor_update": galore_adafactor_update,
+            "lowrank_adafactor_update": lowrank_adafactor_update,
         },
         refuses=_refuses,
         describe=_native.build_info,

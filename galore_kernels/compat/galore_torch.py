@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from galore_kernels.compat.drop_in import DropIn, expect_default
-from galore_kernels.optim import GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels.optim import GaLoreFusedAdafactor, GaLoreFusedAdam8bit, GaLoreFusedAdamW
 
-__all__ = ["GaLoreAdamW", "GaLoreAdamW8bit"]
+__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit"]
 
 
 class GaLoreAdamW(DropIn, GaLoreFusedAdamW):
@@ -106,4 +106,56 @@ class GaLoreAdamW8bit(DropIn, GaLoreFusedAdam8bit):
             expect_default("GaLoreAdamW8bit(...)", argument, value, default)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=None, refresh_method=refresh_method, seed=seed, backend=backend
+        )
+
+
+class GaLoreAdafactor(DropIn, GaLoreFusedAdafactor):
+    """galore_torch's ``GaLoreAdafactor``: ``GaLoreFusedAdafactor`` with its signature and defaults.
+
+    Groups and ``refresh_method`` are as ``GaLoreAdamW``'s.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups. A group may also have the options of
+            ``GaLoreFusedAdafactor`` as keys.
+        lr, eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init: as
+            ``GaLoreFusedAdafactor``'s, whose defaults are galore_torch's.
+        refresh_method, seed, backend: as ``GaLoreFusedAdafactor``'s.
+
+    Raises:
+        ValueError, TypeError: an argument that is out of range or not offered; a parameter in a group with ``rank``
+            that is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        refresh_method: str = "svd",
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            eps,
+            clip_threshold,
+            decay_rate,
+            beta1,
+            weight_decay,
+            scale_parameter,
+            relative_step,
+            warmup_init,
+            rank=None,
+            refresh_method=refresh_method,
+            seed=seed,
+            backend=backend,
         )

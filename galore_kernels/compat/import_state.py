@@ -1,4 +1,4 @@
-"""``import_state_dict``: the state of galore_torch's, bitsandbytes' and torch's AdamW, made the state of ours."""
+"""``import_state_dict``: the state of galore_torch's, bitsandbytes' and torch's optimizers, made the state of ours."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from galore_kernels.ops import dequantize_blockwise, quantize_blockwise
+from galore_kernels.ops.adafactor_update import moment_shapes
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import drawn, schedule_of
-from galore_kernels.optim.rules import Adam
+from galore_kernels.optim.rules import Adafactor
 from galore_kernels.optim.serialization import HEADER, add_header, check_sizes, merged_groups
+from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
 from galore_kernels.quantizers import SIGNED_ZERO_CODE, UNSIGNED_ZERO_CODE, block_count, dynamic_map
 from galore_kernels.subspace import RefreshRecord
@@ -28,6 +30,8 @@ _DROPPED = (
     "alpha", "amsgrad", "capturable", "correct_bias", "decoupled_weight_decay", "differentiable", "foreach", "fused",
     "t_alpha", "t_beta3",
 )  # fmt: skip
+
+_TURNED = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
 
 #: Largest deviation of a basis vector's length from 1: rounding of each entry to bfloat16 is 2^-9 of it.
 _UNIT_TOLERANCE = 0.01
@@ -43,7 +47,8 @@ def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]
     """Loads the state dict of another package's optimizer, so that its training goes on where it was.
 
     Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, apollo_torch's ``APOLLOAdamW``,
-    bitsandbytes' ``AdamW8bit`` (and ``AdamW``), and ``torch.optim.AdamW``. Projectors may be the packages' objects, as
+    bitsandbytes' ``AdamW8bit`` (and ``AdamW``), and ``torch.optim.AdamW``; for a ``GaLoreFusedAdafactor`` those of
+    galore_torch's ``GaLoreAdafactor`` and transformers' ``Adafactor``. Projectors may be the packages' objects, as
     ``state_dict()`` holds them (of a file, ``torch.load(path, weights_only=False)`` gives them where the package is
     installed), or dicts of their attributes. Moments are decoded, turned to long-major and, where the optimizer's are
     8-bit, encoded; those in bitsandbytes' format that need no turning keep their codes. A second moment of theirs that
@@ -63,17 +68,15 @@ def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]
         TypeError: ``optimizer`` is none of this library's. ValueError: the state dict is of another optimizer or other
             groups, ranks or shapes, lacks fields or holds NaN. The message names the parameter; nothing has changed.
     """
-    if not (isinstance(optimizer, LowRankOptimizer) and isinstance(optimizer._rule, Adam)):
+    if not isinstance(optimizer, LowRankOptimizer):
         raise TypeError(
-            f"optimizer: expected one of galore_kernels with Adam's moments, got {type(optimizer).__name__}; pass the "
-            "one that a wrapper wraps"
+            f"optimizer: expected one of galore_kernels, got {type(optimizer).__name__}; pass the one that a wrapper "
+            "wraps"
         )
     if is_own(state_dict):
         raise ValueError("state_dict: saved by an optimizer of galore_kernels; pass it to load_state_dict")
     groups = _groups(optimizer, state_dict)
-    merged = [
-        group for group in merged_groups(groups, optimizer.param_groups, optimizer._rule) for _ in group["params"]
-    ]
+    merged = [group for group in merged_groups(groups, optimizer.param_groups, optimizer.rule) for _ in group["params"]]
     indices = [index for group in groups for index in group["params"]]
     saved = state_dict["state"]
     if len(set(indices)) != len(indices) or not set(saved) <= set(indices):
@@ -82,7 +85,8 @@ def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]
     for index, update, group in zip(indices, optimizer.listed(), merged, strict=True):
         entry = saved.get(index)
         if entry and set(entry) != {"seed"} and (step := _step(entry, update.name)):  # apollo_torch's before a step
-            state[index] = _converted({**entry, **entry.get(_HIDDEN, {})}, step, replace(update, group=group))
+            own = replace(update, group=group, layout=Layout.of(update.param, group, optimizer.rule))
+            state[index] = _converted({**entry, **entry.get(_HIDDEN, {})}, step, own)
     optimizer.load_state_dict(add_header({"state": state, "param_groups": groups}, type(optimizer).__name__))
 
 
@@ -131,7 +135,7 @@ def _converted(state: Mapping[str, Any], step: int, update: Update) -> dict[str,
         )
     entry = layout.new_state(param)
     entry["step"].fill_(step)
-    entry |= _moments(state, update)
+    entry |= (_factored_moments if isinstance(layout.rule, Adafactor) else _moments)(state, update)
     if layout.draws:
         _projector(state, update)  # is what its group says
         entry |= drawn(update, 0)
@@ -176,14 +180,33 @@ def _moments(state: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
             result[key], result[f"{key}_absmax"] = moment, scale
             continue
         values = (moment if scale is None else dequantize_blockwise(moment, scale, signed)).float()
-        if not bool(torch.isfinite(values).all()) or (not signed and bool((values < 0).any())):
-            raise ValueError(f"{update.name}: {key} of the state holds NaN, Inf or a negative square; it is damaged")
+        _check_values(values, key, update)
         values = (values.T if turned else values).contiguous()
         if layout.eight_bit:
             result[key], result[f"{key}_absmax"] = quantize_blockwise(values, signed)
         else:
             result[key] = values
     return result
+
+
+def _factored_moments(state: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
+    """The entries of the state that hold Adafactor's moments: where it is turned, their columns are our rows."""
+    layout, result = update.layout, {}
+    turned = layout.side == "left"
+    shape = layout.moments[::-1] if turned else layout.moments
+    for key, of in moment_shapes(shape, first_moment=layout.first_moment).items():
+        values = _tensor(state, key, update, of).float()
+        _check_values(values, key, update)
+        result[_TURNED.get(key, key) if turned else key] = (
+            values.T if turned and key == "exp_avg" else values
+        ).contiguous()
+    return result
+
+
+def _check_values(values: Tensor, key: str, update: Update) -> None:
+    """Raises ValueError unless ``values`` may be a moment's, first or second."""
+    if not bool(torch.isfinite(values).all()) or (key != "exp_avg" and bool((values < 0).any())):
+        raise ValueError(f"{update.name}: {key} of the state holds NaN, Inf or a negative square; it is damaged")
 
 
 def _absmax(state: Mapping[str, Any], number: int, codes: Tensor, update: Update) -> Tensor:

@@ -62,28 +62,39 @@ class AdamState:
         return cls(exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, step, skipped)
 
 
-@dataclass(frozen=True)
-class AdamOptions:
-    """The scalars of one update.
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The scalars that every update has.
 
     Attributes:
-        lr: 0-d float tensor, so that a schedule needs no recompilation, and a device kernel no host synchronisation.
-        beta1, beta2, eps, weight_decay: Adam's; the decay is decoupled and follows the update.
+        weight_decay: decoupled from the gradient.
         maximize: ascend instead of descend.
         grad_scale: 0-d tensor the gradient is divided by (GradScaler's), or None.
         found_inf: 0-d tensor; anything but 0 makes the update change nothing at all, or None.
         rounding_seed: seed for stochastic rounding of bfloat16 and int8 weights, or None for rounding to nearest.
     """
 
-    lr: Tensor
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
     weight_decay: float = 0.0
     maximize: bool = False
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     rounding_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class AdamOptions(StepOptions):
+    """The scalars of one update; ``weight_decay`` follows the update.
+
+    Attributes:
+        lr: 0-d float tensor, so that a schedule needs no recompilation, and a device kernel no host synchronisation.
+        beta1, beta2, eps: Adam's.
+        weight_decay, maximize, grad_scale, found_inf, rounding_seed: every update's.
+    """
+
+    lr: Tensor
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
 
 
 def fail(op: str, argument: str, expected: str, got: object, remedy: str) -> None:
@@ -160,22 +171,33 @@ def check_moments(op: str, device: torch.device, numel: int, state: AdamState) -
 
 def check_adam(op: str, param: Tensor, numel: int, state: AdamState, options: AdamOptions) -> None:
     """Checks state and options of an update whose moments have ``numel`` elements. Changes nothing."""
-    device = param.device
-    check_moments(op, device, numel, state)
-    check_tensor(op, "step", state.step, device=device, dtypes=(torch.float32,), shape=())
-    check_tensor(op, "skipped", state.skipped, device=device, dtypes=(torch.int64,), shape=())
-    _check_options(op, param, options)
-
-
-def _check_options(op: str, param: Tensor, options: AdamOptions) -> None:
-    floats = (torch.float32, torch.float64)
-    check_tensor(op, "lr", options.lr, device=param.device, dtypes=floats, shape=())
+    check_moments(op, param.device, numel, state)
+    check_counters(op, param.device, state.step, state.skipped)
     for name, value in (("beta1", options.beta1), ("beta2", options.beta2)):
         if not 0.0 <= value < 1.0:
             fail(op, name, "in [0, 1)", value, "0.9 and 0.999 are usual")
-    for name, value in (("eps", options.eps), ("weight_decay", options.weight_decay)):
-        if not (value >= 0.0 and math.isfinite(value)):
-            fail(op, name, "finite and >= 0", value, "pass 0 to turn it off")
+    check_not_negative(op, "eps", options.eps)
+    check_step_options(op, param, options.lr, options)
+
+
+def check_counters(op: str, device: torch.device, step: Tensor, skipped: Tensor) -> None:
+    """Raises ValueError unless these can count steps."""
+    check_tensor(op, "step", step, device=device, dtypes=(torch.float32,), shape=())
+    check_tensor(op, "skipped", skipped, device=device, dtypes=(torch.int64,), shape=())
+
+
+def check_not_negative(op: str, name: str, value: float) -> None:
+    """Raises ValueError unless an option is a finite number, and not negative."""
+    if not (value >= 0.0 and math.isfinite(value)):
+        fail(op, name, "finite and >= 0", value, "pass 0 to turn it off")
+
+
+def check_step_options(op: str, param: Tensor, lr: Tensor | None, options: StepOptions) -> None:
+    """Raises ValueError unless a learning rate, if there is one, and the scalars of every update fit the weight."""
+    floats = (torch.float32, torch.float64)
+    if lr is not None:
+        check_tensor(op, "lr", lr, device=param.device, dtypes=floats, shape=())
+    check_not_negative(op, "weight_decay", options.weight_decay)
     for name, tensor in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf)):
         if tensor is not None:
             check_tensor(op, name, tensor, device=param.device, dtypes=floats)

@@ -15,6 +15,7 @@ from galore_kernels.ops.adam import (
     WEIGHT_DTYPES,
     AdamOptions,
     AdamState,
+    StepOptions,
     bundle,
     check_adam,
     check_tensor,
@@ -92,7 +93,7 @@ def _check_quantized(
     return rank
 
 
-def check_projected_weight(op: str, param: Tensor, weight_scale: Tensor | None, options: AdamOptions) -> None:
+def check_projected_weight(op: str, param: Tensor, weight_scale: Tensor | None, options: StepOptions) -> None:
     """Raises ValueError unless ``param`` is a weight, or the codes of an int8 weight with its scales."""
     if weight_scale is None:
         check_weight(op, param)

@@ -1,5 +1,6 @@
 """The optimizers."""
 
+from galore_kernels.optim.adafactor import GaLoreFusedAdafactor
 from galore_kernels.optim.apollo import APOLLOFusedAdam8bit, APOLLOFusedAdamW
 from galore_kernels.optim.galore import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim.layerwise import LayerwiseOptimizer
@@ -9,6 +10,7 @@ from galore_kernels.optim.updating import NonFiniteGradientWarning
 __all__ = [
     "APOLLOFusedAdam8bit",
     "APOLLOFusedAdamW",
+    "GaLoreFusedAdafactor",
     "GaLoreFusedAdam8bit",
     "GaLoreFusedAdamW",
     "LayerwiseOptimizer",

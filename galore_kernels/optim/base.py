@@ -17,6 +17,7 @@ from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.factored import check_factored
 from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
+from galore_kernels.optim.rules import Rule
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 
 
@@ -45,6 +46,11 @@ class LowRankOptimizer(OneByOne):
         super().__init__(entries, defaults)
         self._is_made = True
         self._adopt()
+
+    @property
+    def rule(self) -> Rule:
+        """What it makes of gradients."""
+        return self._rule
 
     # ------------------------------------------------------------------ groups
 
@@ -175,7 +181,7 @@ class LowRankOptimizer(OneByOne):
         if self._backend != "auto":
             return self._backend
         devices = {param.device for group in self.param_groups for param in group["params"]} - {torch.device("meta")}
-        chosen = {registry.select("galore_update", "auto", device).name for device in devices}
+        chosen = {registry.select(self._rule.served_by, "auto", device).name for device in devices}
         return f"auto -> {', '.join(sorted(chosen)) or 'none yet'}"
 
     # ------------------------------------------------------------------ persistence

@@ -37,6 +37,7 @@ class Layout:
         eight_bit: whether they are 8-bit.
         short: the dimension that is projected; 0 at full rank.
         draws: whether the basis is drawn from a seed, and not kept.
+        first_moment: whether there is one.
     """
 
     rule: Rule
@@ -48,29 +49,32 @@ class Layout:
     basis_format: str | None = None
     short: int = 0
     draws: bool = False
+    first_moment: bool = True
 
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any], rule: Rule) -> Layout:
         """The layout that ``param`` has in ``group``, for the optimizer's rule."""
         factored = lowrank_gradient_of(param)
         rank = projected_rank(param, group) if factored is None else factored.rank
+        first = rule.has_first_moment(group)
         if rank is None:
-            return cls(rule, None, None, {}, tuple(param.shape), rule.is_eight_bit(param.numel()))
+            shape = tuple(param.shape)
+            return cls(rule, None, None, {}, shape, rule.is_eight_bit(param.numel()), first_moment=first)
         side = side_of(param, group) if factored is None else factored.side
         both = side == "full"
         side = "right" if both else side
         long, short = long_short(matrix_shape(param.shape if factored is None else factored.weight.shape), side)
         basis_format = group["basis_format"]
         draws = rule.draws(group)
-        shape = (short, rank) if basis_format is None else basis_code_shape(short, rank, basis_format)
-        bases = {} if draws else {"basis": shape}
+        of_basis = (short, rank) if basis_format is None else basis_code_shape(short, rank, basis_format)
+        bases = {} if draws else {"basis": of_basis}
         if both:
             bases["long_basis"] = (long, rank)
         moments = (rank if both else long, rank)
         # Chosen ranks are fitted to a budget: moments have the format of the least, so that bytes rise with ranks.
         least = min(rank, RANK_MULTIPLE) if group["rank"] == AUTO else rank
         eight_bit = rule.is_eight_bit(least * (least if both else long))
-        return cls(rule, rank, side, bases, moments, eight_bit, basis_format, short, draws)
+        return cls(rule, rank, side, bases, moments, eight_bit, basis_format, short, draws, first)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether the tensors of ``state`` have this layout's shapes and, of moments and codes, its dtypes."""
@@ -212,5 +216,6 @@ def describe_group(group: Mapping[str, Any], layouts: list[Layout], rule: Rule) 
         )
     if projected < len(layouts):
         parts.append(f"{len(layouts) - projected} at full rank")
-    parts += [f"lr {float(group['lr']):g}", f"weight_decay {float(group['weight_decay']):g}"]
+    lr = "by the step" if group["lr"] is None else f"{float(group['lr']):g}"
+    parts += [f"lr {lr}", f"weight_decay {float(group['weight_decay']):g}"]
     return "; ".join(parts)

@@ -60,7 +60,8 @@ class Update:
             raise ValueError(f"{name}: expected a float32, bfloat16 or float16 gradient, got {grad.dtype}")
         if grad.is_inference():
             raise ValueError(f"{name}: its gradient was made in inference mode; run the backward pass outside of it")
-        if grad.device != param.device or (state and state["exp_avg"].device != param.device):
+        moments = [state[key] for key in self.layout.rule.moments(self.layout) if key in state] if state else []
+        if any(tensor.device != param.device for tensor in (grad, *moments)):
             raise ValueError(
                 f"{name}: the weight is on {param.device}, its gradient or its state is not; move the model before "
                 "the first step, or load the optimizer's state_dict again after moving it"

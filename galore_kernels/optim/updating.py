@@ -56,7 +56,7 @@ class UpdatingOptimizer(Optimizer):
         self._observed = observed_options(self._rule)
 
     def _select(self, device: torch.device) -> registry.Backend:
-        return registry.select("adam8bit_update", self._backend, device)
+        return registry.select(self._rule.served_by, self._backend, device)
 
     def _update(
         self,
@@ -114,7 +114,8 @@ class UpdatingOptimizer(Optimizer):
         self, group: Mapping[str, Any], device: torch.device, unscaling: Unscaling, *, capture: bool = False
     ) -> Any:
         """The scalars of a step, but for the rounding's seed, which each tensor has its own of."""
-        lr = self._rates.on(device, group["lr"], id(group), capturing=capture)
+        rate = 0.0 if group["lr"] is None else group["lr"]
+        lr = self._rates.on(device, rate, id(group), capturing=capture)
         return self._rule.scalars(group, lr, unscaling.on(device))
 
     def _look_at_skips(self, watched: Mapping[torch.device, Watched]) -> None:

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--accumulate", type=int, help="micro-batches in a step")
     training.add_argument("--clip", type=float, help="largest norm of the gradient (default: 0, off)")
     training.add_argument("--weight-decay", type=float)
-    training.add_argument("--eps", type=float)
+    training.add_argument("--eps", type=float, help="Adam's (default: 1e-8)")
 
     galore = parser.add_argument_group("projection (optimizers that project)")
     galore.add_argument("--rank", type=int)

@@ -64,7 +64,18 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _ours(class_name: str, **own: Any) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
+def _adam_options(config: Config) -> dict[str, Any]:
+    return {"betas": _BETAS, "eps": config.eps}
+
+
+def _adafactor_options(_: Config) -> dict[str, Any]:
+    # As in the GaLore repository's torchrun_main.py; eps is another thing than Adam's, and stays Adafactor's.
+    return {"relative_step": False, "scale_parameter": False}
+
+
+def _ours(
+    class_name: str, own_options: Callable[[Config], dict[str, Any]] = _adam_options, **of_groups: Any
+) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
     def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
         import galore_kernels
 
@@ -84,11 +95,11 @@ def _ours(class_name: str, **own: Any) -> Callable[[torch.nn.Module, Config], to
             async_refresh=config.async_refresh,
             moments_on_refresh=config.moments_on_refresh,
             basis_format=config.basis_format,
-            **own,
+            **of_groups,
         )
         optimizer_class = getattr(galore_kernels, class_name)
         optimizer: Any = optimizer_class(
-            groups, lr=config.lr, betas=_BETAS, eps=config.eps, weight_decay=config.weight_decay, seed=config.seed
+            groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **own_options(config)
         )
         if config.updates == "layerwise":
             return galore_kernels.LayerwiseOptimizer(
@@ -163,6 +174,7 @@ def _galore_torch_groups(model: torch.nn.Module, config: Config, **own: Any) -> 
 _BUILDERS: dict[str, Callable[[torch.nn.Module, Config], torch.optim.Optimizer]] = {
     "galore8bit": _ours("GaLoreFusedAdam8bit"),
     "galore": _ours("GaLoreFusedAdamW"),
+    "galore_adafactor": _ours("GaLoreFusedAdafactor", _adafactor_options),
     "apollo8bit": _ours("APOLLOFusedAdam8bit"),
     "apollo": _ours("APOLLOFusedAdamW"),
     "apollo_mini": _ours("APOLLOFusedAdamW", scale_type="tensor"),

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from galore_kernels.backends.reference.adafactor_update import (
+    adafactor_update,
+    galore_adafactor_update,
+    lowrank_adafactor_update,
+)
 from galore_kernels.backends.reference.adam8bit_update import adam8bit_update
 from galore_kernels.backends.reference.apollo_update import apollo_update
 from galore_kernels.backends.reference.galore_update import galore_update, lowrank_update
@@ -29,6 +34,9 @@ register(
             "rotate_moments": rotate_moments,
             "random_basis": random_basis,
             "apollo_update": apollo_update,
+            "adafactor_update": adafactor_update,
+            "galore_adafactor_update": galore_adafactor_update,
+            "lowrank_adafactor_update": lowrank_adafactor_update,
         },
         refuses=_refuses,
         describe=lambda: {"devices": "any", "implementation": "plain PyTorch"},

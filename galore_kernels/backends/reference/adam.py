@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from galore_kernels.backends.reference.quantize_blockwise import dequantize_blockwise, quantize_blockwise
-from galore_kernels.ops.adam import LARGEST_GRADIENT, AdamOptions, AdamState
+from galore_kernels.ops.adam import LARGEST_GRADIENT, AdamOptions, AdamState, StepOptions
 
 
-def scaled_gradient(grad: Tensor, options: AdamOptions) -> Tensor:
+def scaled_gradient(grad: Tensor, options: StepOptions) -> Tensor:
     """Float32 gradient, unscaled and with the sign that is descended along."""
     g = grad.float()
     if options.grad_scale is not None:

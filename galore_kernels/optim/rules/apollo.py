@@ -35,6 +35,7 @@ class Apollo(Adam):
     own_keys = (*Adam.own_keys, "proj", "scale_type", "scale_front", "norm_growth_limit")
     structural = ("proj",)
     takes_lowrank = False
+    served_by = "apollo_update"
 
     def check(self, group: Mapping[str, Any], where: str) -> None:
         super().check(group, where)

@@ -26,12 +26,14 @@ class Rule(ABC):
         structural: those among them that decide what the state consists of.
         moment_names: the state's entries that ``moments_on_refresh="reset"`` sets back.
         takes_lowrank: whether the projected gradient is all it needs of one.
+        served_by: the operation whose backend is the optimizer's.
     """
 
     own_keys: tuple[str, ...]
     structural: tuple[str, ...] = ()
     moment_names: tuple[str, ...]
     takes_lowrank = True
+    served_by = "galore_update"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -45,6 +47,10 @@ class Rule(ABC):
     def draws(self, group: Mapping[str, Any]) -> bool:
         """Whether the group's bases are drawn from a seed instead of found in gradients."""
         return False
+
+    def has_first_moment(self, group: Mapping[str, Any]) -> bool:
+        """Whether the group's tensors keep one."""
+        return True
 
     @abstractmethod
     def is_eight_bit(self, elements: int) -> bool:
@@ -62,7 +68,9 @@ class Rule(ABC):
     def scalars(self, group: Mapping[str, Any], lr: Tensor, unscaling: Mapping[str, Any]) -> Any:
         """The options of the operation that a group's tensors share; with a field ``rounding_seed``.
 
-        ``unscaling``: ``grad_scale`` and ``found_inf``.
+        Args:
+            lr: the group's, 0 where it is None.
+            unscaling: ``grad_scale`` and ``found_inf``.
         """
 
     @abstractmethod
@@ -91,8 +99,8 @@ class Rule(ABC):
     def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
         """The operation whose backends may update many tensors in one call; None if each is updated by itself."""
 
-    @abstractmethod
     def group_fields(
         self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Fields of the ``UpdateGroup`` for that call which the states and options say, but for Adam's states."""
+        """Fields of that call's ``UpdateGroup`` which the states and options say, but for Adam's states."""
+        return {}
