@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import kernel_bench
 import rivals
+import session
 from floor import (
     Limits,
     Work,
     adam_work,
+    apollo_work,
     floor_seconds,
     galore_work,
     lowrank_work,
@@ -31,7 +33,7 @@ from floor import (
     products_work,
 )
 from harness import CpuClock, Entry, Implementation, Result, UnavailableError, order, prepare, run
-from problem import LR, OPERATIONS, SCALE, Case, Problem
+from problem import APOLLO, LR, OPERATIONS, SCALE, Case, Problem
 from ratios import Goal, Row, all_ratios, goals
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -85,6 +87,13 @@ def test_lowrank_work_reads_r_instead_of_g_and_halves_the_products() -> None:
     assert low.operations * 2 == full.operations
 
 
+def test_apollo_work_by_hand() -> None:
+    # 1024 x 4096 bf16, r = 1: G twice, W both ways, 8,388,608 B each. Moments: 4,096 codes and 16 absmax, twice.
+    moments = 2 * (4_096 + 64)
+    assert apollo_work((1024, 4096), 1, 2, "8bit") == Work(3 * 8_388_608 + moments, 8_388_608 + moments, 8_388_608)
+    assert apollo_work((4096, 1024), 128, 4, "fp32").operations == 2 * 4096 * 1024 * 128
+
+
 def test_products_work_by_hand() -> None:
     # R = G @ P: reads 96 x 64 and 64 x 8, writes 96 x 8; R @ P.T: reads R, writes 96 x 64 (P was counted)
     both = products_work((96, 64), 8, 4, count=2)
@@ -111,11 +120,38 @@ def test_order_is_a_new_permutation_each_round() -> None:
     assert rounds == [order(names, index) for index in range(40)]  # and reproducible
 
 
+class _ApolloSteps:
+    """APOLLO's changes from the definition: Adam on a random projection, factors, limiter."""
+
+    def __init__(self, operation: str) -> None:
+        self.scaling, self.scale = APOLLO.get(operation, ("", 0.0))
+        self.steps: dict[int, int] = {}
+        self.norms: dict[int, Tensor] = {}
+
+    def step(self, index: int, grad: Tensor, rank: int) -> Tensor:
+        right = orient((grad.shape[0], grad.shape[1]))[2] == "right"
+        rows = grad.float() if right else grad.float().T
+        step = self.steps[index] = self.steps.get(index, 0) + 1
+        basis = torch.randn(rows.shape[1], rank, generator=torch.Generator().manual_seed(index)) / rank**0.5
+        lowrank = rows @ basis
+        first, second = 1 - 0.9**step, 1 - 0.999**step
+        direction = first * lowrank / (second**0.5 * lowrank.abs())
+        axis = 1 if self.scaling == "channel" else None
+        scaled = rows * direction.norm(dim=axis, keepdim=True) / lowrank.norm(dim=axis, keepdim=True)
+        norm = scaled.norm()
+        if index in self.norms:
+            limiter = (norm / self.norms[index]).clamp_min(1.01) / 1.01
+            scaled, norm = scaled / limiter, norm / limiter
+        self.norms[index] = norm
+        change = LR * second**0.5 / first * self.scale**0.5 * scaled
+        return (change if right else change.T).to(grad.dtype)
+
+
 def _adam_step(
     problem: Problem, factor: float = 1.0, only: int | None = None
 ) -> tuple[list[Tensor], Callable[[], None]]:
     """What every right implementation does under a constant gradient, written from the definition."""
-    weights = problem.weights()
+    weights, apollo = problem.weights(), _ApolloSteps(problem.operation)
 
     def step() -> None:
         for index, (weight, grad) in enumerate(zip(weights, problem.grads, strict=True)):
@@ -123,6 +159,8 @@ def _adam_step(
                 continue
             if problem.rank is None:
                 change = LR * torch.sign(grad)
+            elif problem.operation in APOLLO:
+                change = apollo.step(index, grad, problem.rank)
             else:
                 side = orient(problem.case.shapes[index])[2]
                 basis = problem.bases[index]
@@ -174,6 +212,10 @@ def test_run_puts_gradients_back_before_each_call() -> None:
     assert log[1::2] == ["call"] * 7
 
 
+# An operation of each kind, at a rank that its matrices have.
+JUDGED = [("galore_update", 8), ("adam8bit_update", None), ("apollo_update", 8), ("apollo_mini_update", 1)]
+
+
 # Honesty -----------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +225,11 @@ def _status(problem: Problem, entry: Entry) -> Result:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("operation", "rank"), [("galore_update", 8), ("adam8bit_update", None)])
+@pytest.mark.parametrize(
+    ("operation", "rank"),
+    # APOLLO's factors at rank 1 have no mean: some indices move a thousand times as far as others
+    [*JUDGED, ("apollo_update", 1), ("apollo_update", 64)],
+)
 def test_a_right_step_passes(operation: str, rank: int | None, dtype: torch.dtype) -> None:
     problem = Problem(Case(operation, "two", ((96, 64), (64, 96)), rank, dtype), CPU)
     assert _status(problem, _entry("right", _adam_step)).status == "ok"
@@ -200,7 +246,7 @@ def test_a_right_step_passes(operation: str, rank: int | None, dtype: torch.dtyp
     ],
     ids=["nothing", "one matrix only", "climbs", "clipped", "jumps"],
 )
-@pytest.mark.parametrize(("operation", "rank"), [("galore_update", 8), ("adam8bit_update", None)])
+@pytest.mark.parametrize(("operation", "rank"), JUDGED)
 def test_a_rival_that_moves_the_weights_wrongly_is_called_broken(
     operation: str, rank: int | None, make: Callable[[Problem], tuple[list[Tensor], Callable[[], object]]], reason: str
 ) -> None:
@@ -208,6 +254,55 @@ def test_a_rival_that_moves_the_weights_wrongly_is_called_broken(
     result = _status(problem, _entry("planted", make))
     assert result.status == "broken"
     assert reason in result.reason
+
+
+@pytest.mark.parametrize(
+    ("operation", "rank", "factor", "reason"),
+    [
+        ("apollo_mini_update", 1, 128**-0.5, "times as far"),  # without its scale
+        ("apollo_mini_update", 1, 128**0.5, "times as far"),  # the scale instead of its root
+        ("apollo_update", 8, 8**-0.5, "times as far"),  # a basis of variance 1 instead of 1 / r
+        ("apollo_update", 8, -1.0, "the wrong way"),
+    ],
+)
+def test_an_apollo_step_of_another_length_is_called_broken(
+    operation: str, rank: int, factor: float, reason: str
+) -> None:
+    problem = Problem(Case(operation, "two", ((96, 64), (64, 96)), rank, torch.float32), CPU)
+    result = _status(problem, _entry("planted", lambda problem: _adam_step(problem, factor)))
+    assert (result.status, reason in result.reason) == ("broken", True)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_raw_gradient_step_is_no_apollo_step(rank: int) -> None:
+    problem = Problem(Case("apollo_update", "one", ((96, 64),), rank, torch.float32), CPU)
+
+    def plain(problem: Problem) -> tuple[list[Tensor], Callable[[], None]]:
+        weights = problem.weights()
+
+        def step() -> None:
+            weights[0].sub_(LR * problem.grads[0])  # no factors
+
+        return weights, step
+
+    result = _status(problem, _entry("planted", plain))
+    assert (result.status, "times as far" in result.reason) == ("broken", True)
+
+
+@pytest.mark.parametrize("operation", list(APOLLO))
+def test_a_full_rank_rival_of_an_apollo_row_is_judged_as_adam(operation: str) -> None:
+    problem = Problem(Case(operation, "one", ((96, 64),), 1, torch.float32), CPU)
+    (entry,) = (entry for entry in rivals.entries() if entry.name == rivals.TORCH_FUSED)
+    assert _status(problem, entry).status == "ok"
+
+
+def test_apollo_minis_rank_is_one_whatever_the_ranks() -> None:
+    found = session.cases(["apollo_mini_update", "apollo_update"], ["96x64"], [8, 32, 128], ["fp32"])
+    assert [(case.operation, case.rank) for case in found] == [
+        ("apollo_mini_update", 1),
+        ("apollo_update", 8),
+        ("apollo_update", 32),
+    ]
 
 
 def test_a_broken_rival_is_not_timed() -> None:
@@ -233,7 +328,7 @@ def test_an_unavailable_implementation_is_listed_with_its_reason() -> None:
 
 
 def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bitsandbytes", "galore_torch"):
+    for module in ("bitsandbytes", "galore_torch", "apollo_torch"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
     results, runnable = prepare(Problem(_case(), CPU), rivals.entries())
     missing = {r.name: r.reason for r in results if r.status == "missing"}
@@ -241,6 +336,11 @@ def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyP
     assert "pip install bitsandbytes" in missing[rivals.BNB_8BIT]
     assert "pip install galore-torch" in missing[rivals.GALORE_ADAMW]
     assert set(runnable) == {rivals.TWO_PRODUCTS, rivals.TORCH_FUSED, rivals.TORCH_FOREACH}
+    results, runnable = prepare(Problem(_case("apollo_update"), CPU), rivals.entries())
+    missing = {r.name: r.reason for r in results if r.status == "missing"}
+    assert set(missing) == {rivals.APOLLO_ADAMW}
+    assert "pip install apollo-torch" in missing[rivals.APOLLO_ADAMW]
+    assert set(runnable) == {rivals.TORCH_FUSED}
 
 
 # Ratios and goals --------------------------------------------------------------------------------------------------
@@ -249,15 +349,20 @@ def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyP
 def _row(operation: str, ours: float, **others: float) -> Row:
     full_rank = operation == "adam8bit_update"
     case = Case(operation, "1024x4096", ((1024, 4096),), None if full_rank else 128, torch.float32)
-    names = {"bnb": rivals.BNB_8BIT, "galore": rivals.GALORE_8BIT, "products": rivals.TWO_PRODUCTS}
+    names = {
+        "bnb": rivals.BNB_8BIT,
+        "galore": rivals.GALORE_8BIT,
+        "apollo": rivals.APOLLO_ADAMW,
+        "products": rivals.TWO_PRODUCTS,
+    }
     work = Work(10_000_000, 0, 0)  # 1 ms at LIMITS
     results = [Result("ours: cpu", "ours", "ok", work=work, seconds=[ours] * 3)]
     results += [Result(names[key], "rival", "ok", work=work, seconds=[t] * 3) for key, t in others.items()]
     return Row(case, results)
 
 
-def _verdicts(row: Row) -> dict[str, Goal]:
-    return {goal.text: goal for goal in goals([row], ["ours: cpu"], "ours: optimizer", LIMITS)}
+def _verdicts(row: Row, device: str = "cpu") -> dict[str, Goal]:
+    return {goal.text: goal for goal in goals([row], ["ours: cpu"], ["ours: optimizer"], LIMITS, device)}
 
 
 def test_goals_met_missed_and_unknown() -> None:
@@ -271,6 +376,16 @@ def test_goals_met_missed_and_unknown() -> None:
     assert missed.at_floor == pytest.approx(17.0)
     unknown = _verdicts(_row("adam8bit_update", 0.010))[f"at least 8 x faster than {rivals.BNB_8BIT}"]
     assert (unknown.value, unknown.verdict, unknown.reason) == (None, "unknown", "not in this run")
+
+
+@pytest.mark.parametrize("operation", list(APOLLO))
+def test_apollos_goals_depend_on_the_device(operation: str) -> None:
+    row = _row(operation, 0.010, apollo=0.020)
+    (on_cpu,) = _verdicts(row).values()
+    (on_gpu,) = _verdicts(row, "cuda").values()
+    assert (on_cpu.text, on_cpu.verdict) == (f"no slower than {rivals.APOLLO_ADAMW}", "met")
+    assert (on_gpu.text, on_gpu.verdict) == (f"at least 3 x faster than {rivals.APOLLO_ADAMW}", "missed")
+    assert on_gpu.value == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("theirs", "verdict"), [(0.005, "LOSS"), (0.020, "win"), (0.010, "LOSS")])
@@ -320,14 +435,14 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     data = json.loads(out.read_text())
-    assert {row["operation"] for row in data["rows"]} == {"galore_update", "lowrank_update", "adam8bit_update"}
+    assert {row["operation"] for row in data["rows"]} == set(OPERATIONS)
     assert {row["dtype"] for row in data["rows"]} == {"fp32", "bf16"}
-    expected = {entry.name for entry in rivals.entries() if "galore_update" in entry.operations}
     for row in data["rows"]:
         named = {result["name"] for result in row["results"]}
         assert {"ours: cpu", "ours: cuda", "ours: triton", "ours: reference (unfused torch)"} <= named
-        if row["operation"] == "galore_update":
-            assert expected <= named
+        assert named >= {entry.name for entry in rivals.entries() if row["operation"] in entry.operations}
+        if row["operation"] in APOLLO:
+            assert {"ours: APOLLOFusedAdam8bit.step", "ours: APOLLOFusedAdamW.step"} <= named
         for result in row["results"]:
             assert result["status"] in ("ok", "missing", "broken", "failed")
             if result["status"] == "ok":
