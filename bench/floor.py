@@ -91,6 +91,19 @@ def lowrank_work(shape: Shape, rank: int, itemsize: int, state: str) -> Work:
     return Work(read, long * short * itemsize + moments, 2 * long * short * rank)
 
 
+def apollo_work(shape: Shape, rank: int, itemsize: int, state: str) -> Work:
+    """APOLLO's step: read G twice, W and the moments; write W and the moments; ``G @ P`` alone.
+
+    Four times a 16-bit weight, 8 bytes per element: the norm-growth limiter needs the whole matrix' scaled gradient
+    before the first weight may change, and by then a large gradient has left the cache. One that stays in it can come
+    out below this floor. The basis is drawn from a seed, which moves no byte; who keeps one reads it besides.
+    """
+    long, short, _ = orient(shape)
+    moments = moments_bytes(long * rank, state, itemsize)
+    full = long * short * itemsize
+    return Work(3 * full + moments, full + moments, 2 * long * short * rank)
+
+
 def products_work(shape: Shape, rank: int, itemsize: int, count: int) -> Work:
     """``count`` = 2: ``G @ P``, then ``R @ P.T``; 1: the second alone. Each writes its result."""
     long, short, _ = orient(shape)

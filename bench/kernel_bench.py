@@ -21,7 +21,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=_positive, help="samples per implementation (25; sweep 9; quick 3)")
     parser.add_argument("--operations", type=_operations, help="comma-separated; default all")
     parser.add_argument("--shapes", type=_shapes, help="such as 512x512,1024x4096, or llama-60m, llama-7b: one layer")
-    parser.add_argument("--ranks", type=_ranks, help="comma-separated; clipped ranks are left out")
+    parser.add_argument("--ranks", type=_ranks, help="comma-separated; clipped ranks are left out; APOLLO-Mini's is 1")
     parser.add_argument("--dtypes", type=_dtypes, help="comma-separated of fp32, bf16, fp16; default fp32,bf16")
     parser.add_argument("--out", type=Path, help="JSON file; the picture gets the same name with .png")
     mode = parser.add_mutually_exclusive_group()
@@ -49,7 +49,8 @@ def _choices(text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _operations(text: str) -> list[str]:
-    return _choices(text, ("galore_update", "lowrank_update", "adam8bit_update"))
+    known = ("galore_update", "lowrank_update", "adam8bit_update", "apollo_update", "apollo_mini_update")
+    return _choices(text, known)
 
 
 def _dtypes(text: str) -> list[str]:

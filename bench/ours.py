@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from floor import ZERO, Work, adam_work, galore_work, lowrank_work, orient
+from floor import ZERO, Work, adam_work, apollo_work, galore_work, lowrank_work, orient
 from harness import Entry, Implementation, UnavailableError
-from problem import BETAS, FULL_RANK, LR, NEVER, OPERATIONS, SCALE, Problem
+from problem import APOLLO, BETAS, FULL_RANK, LR, NEVER, NORM_GROWTH_LIMIT, OPERATIONS, SCALE, Problem
 from torch import Tensor
 
 import galore_kernels
@@ -18,6 +18,10 @@ from galore_kernels.ops import registry
 
 EPS = 1e-8
 
+#: The optimizer that stands for ours in the goals, of each family.
+GALORE_OPTIMIZER = "ours: GaLoreFusedAdam8bit.step"
+APOLLO_OPTIMIZER = "ours: APOLLOFusedAdam8bit.step"
+
 
 def entries() -> list[Entry]:
     """Every backend that ``backend_info()`` names, available or not, then the optimizers."""
@@ -25,16 +29,13 @@ def entries() -> list[Entry]:
     found = [
         Entry(_backend_name(name), "ours", OPERATIONS, _backend_builder(name, facts)) for name, facts in info.items()
     ]
-    through = ("galore_update", "adam8bit_update")
+    galore, apollo = ("galore_update", "adam8bit_update"), tuple(APOLLO)
     return [
         *found,
-        Entry(
-            "ours: GaLoreFusedAdam8bit.step",
-            "ours",
-            through,
-            _optimizer_builder("GaLoreFusedAdam8bit", "8bit"),
-        ),
-        Entry("ours: GaLoreFusedAdamW.step", "ours", through, _optimizer_builder("GaLoreFusedAdamW", "fp32")),
+        Entry(GALORE_OPTIMIZER, "ours", galore, _optimizer_builder("GaLoreFusedAdam8bit", "8bit")),
+        Entry("ours: GaLoreFusedAdamW.step", "ours", galore, _optimizer_builder("GaLoreFusedAdamW", "fp32")),
+        Entry(APOLLO_OPTIMIZER, "ours", apollo, _optimizer_builder("APOLLOFusedAdam8bit", "8bit")),
+        Entry("ours: APOLLOFusedAdamW.step", "ours", apollo, _optimizer_builder("APOLLOFusedAdamW", "fp32")),
     ]
 
 
@@ -59,6 +60,8 @@ def work_of(problem: Problem, state: str) -> Work:
     for shape in problem.case.shapes:
         if problem.rank is None:
             total += adam_work(shape, itemsize, state)
+        elif problem.operation in APOLLO:
+            total += apollo_work(shape, problem.rank, itemsize, state)
         elif problem.operation == "galore_update":
             total += galore_work(shape, problem.rank, itemsize, state)
         else:
@@ -89,7 +92,8 @@ def _backend_builder(backend: str, facts: dict[str, object]) -> Callable[[Proble
         if not facts.get("available"):
             raise UnavailableError(str(facts.get("reason", "backend_info() says it is not available")))
         try:
-            registry.select(problem.operation, backend, problem.device)
+            operation = "apollo_update" if problem.operation in APOLLO else problem.operation
+            registry.select(operation, backend, problem.device)
         except RuntimeError as error:
             raise UnavailableError(str(error)) from error
         weights, options = problem.weights(), _options(problem.device)
@@ -109,7 +113,10 @@ def _one(problem: Problem, index: int, weight: Tensor, options: ops.AdamOptions,
         state, grad = _state(problem, weight.numel()), problem.grads[index]
         return lambda: ops.adam8bit_update(weight, grad, state, options, backend=backend)
     long, _, side = orient(problem.case.shapes[index])
-    state, basis = _state(problem, long * problem.low_rank()), problem.bases[index]
+    state = _state(problem, long * problem.low_rank())
+    if problem.operation in APOLLO:
+        return _apollo(problem, index, weight, state, options, side, backend)
+    basis = problem.bases[index]
     if problem.operation == "galore_update":
         grad = problem.grads[index]
         return lambda: ops.galore_update(weight, grad, basis, state, options, side=side, scale=SCALE, backend=backend)
@@ -117,12 +124,31 @@ def _one(problem: Problem, index: int, weight: Tensor, options: ops.AdamOptions,
     return lambda: ops.lowrank_update(weight, lowrank, basis, state, options, side=side, scale=SCALE, backend=backend)
 
 
+def _apollo(
+    problem: Problem,
+    index: int,
+    weight: Tensor,
+    state: ops.AdamState,
+    options: ops.AdamOptions,
+    side: str,
+    backend: str,
+) -> Callable[[], None]:
+    scaling, scale = APOLLO[problem.operation]
+    apollo = ops.ApolloOptions(scale, scaling, norm_growth_limit=NORM_GROWTH_LIMIT)
+    basis, grad = ops.RandomBasis(problem.low_rank(), seed=index), problem.grads[index]
+    norm = torch.zeros((), device=problem.device)
+    return lambda: ops.apollo_update(weight, grad, basis, state, norm, options, apollo, side=side, backend=backend)
+
+
 def _optimizer_builder(cls: str, state: str) -> Callable[[Problem], Implementation]:
     def build(problem: Problem) -> Implementation:
         params = [torch.nn.Parameter(weight) for weight in problem.weights()]
         for param, grad in zip(params, problem.grads, strict=True):
             param.grad = grad
-        group = {"params": params, "rank": problem.rank, "update_proj_gap": NEVER, "scale": SCALE}
+        group: dict[str, Any] = {"params": params, "rank": problem.rank, "update_proj_gap": NEVER, "scale": SCALE}
+        if problem.operation in APOLLO:
+            scaling, scale = APOLLO[problem.operation]
+            group |= {"scale": scale, "scale_type": scaling, "norm_growth_limit": NORM_GROWTH_LIMIT}
         optimizer = getattr(galore_kernels, cls)([group], lr=LR, betas=BETAS, eps=EPS)
         moments = "8-bit" if state == "8bit" else "fp32"
         notes = f"{moments} moments; Python overhead of the optimizer included"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from floor import Limits, dtype_name, floor_seconds
 from harness import Result, quartiles
-from problem import Case
-from rivals import BNB_8BIT, GALORE_8BIT, TWO_PRODUCTS
+from problem import APOLLO, Case
+from rivals import APOLLO_ADAMW, BNB_8BIT, GALORE_8BIT, TWO_PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,27 @@ def all_ratios(rows: Sequence[Row], names: Sequence[str]) -> list[Ratio]:
     return found
 
 
-def goals(rows: Sequence[Row], names: Sequence[str], optimizer: str, limits: Limits) -> list[Goal]:
-    """The goals that apply to these rows, for each kernel of ours and for the optimizer that calls it."""
+def goals(
+    rows: Sequence[Row], kernels: Sequence[str], optimizers: Sequence[str], limits: Limits, device: str
+) -> list[Goal]:
+    """The goals that apply to these rows on that type of device, for each of our kernels and optimizers in the row."""
     found = []
     for row in rows:
-        for name in (*names, optimizer):
+        for name in (*kernels, *optimizers):
             ours = row.timed(name)
             if ours is not None:
-                found += [_goal(row, ours, limits, *goal) for goal in _apply_to(row.case)]
+                found += [_goal(row, ours, limits, *goal) for goal in _apply_to(row.case, device)]
     return found
 
 
-def _apply_to(case: Case) -> list[tuple[str, str, float, bool]]:
+def _apply_to(case: Case, device: str) -> list[tuple[str, str, float, bool]]:
     """(text, against whom, bound, at least?) of the goals for a case."""
     if case.operation == "adam8bit_update":
         return [(f"at least 8 x faster than {BNB_8BIT}", BNB_8BIT, 8.0, True)]
+    if case.operation in APOLLO:
+        if device == "cuda":
+            return [(f"at least 3 x faster than {APOLLO_ADAMW}", APOLLO_ADAMW, 3.0, True)]
+        return [(f"no slower than {APOLLO_ADAMW}", APOLLO_ADAMW, 1.0, True)]
     if case.operation != "galore_update":
         return []
     found = [(f"no slower than {GALORE_8BIT}", GALORE_8BIT, 1.0, True)]

@@ -8,15 +8,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from floor import ZERO, adam_work, galore_work, orient, products_work
+from floor import ZERO, Work, adam_work, apollo_work, galore_work, orient, products_work
 from harness import Entry, Implementation, UnavailableError
-from problem import BETAS, LR, NEVER, SCALE, Problem
+from problem import APOLLO, BETAS, LR, NEVER, SCALE, Problem
 
 from galore_kernels.pretrain.rivals import patched_galore_torch_adamw8bit
 
 TWO_PRODUCTS = "two products alone (torch)"
 GALORE_8BIT = "galore_torch AdamW8bit, patched"
 GALORE_ADAMW = "galore_torch AdamW"
+APOLLO_ADAMW = "apollo_torch APOLLOAdamW"
 BNB_8BIT = "bitsandbytes AdamW8bit"
 TORCH_FUSED = "torch AdamW fused"
 TORCH_FOREACH = "torch AdamW foreach"
@@ -33,7 +34,8 @@ def entries() -> list[Entry]:
         Entry(GALORE_8BIT, "rival", LOW_RANK, _galore_8bit),
         Entry(GALORE_ADAMW, "rival", LOW_RANK, _galore_adamw),
         Entry(BNB_8BIT, "rival", BOTH, _bitsandbytes),
-        Entry(TORCH_FUSED, "rival", BOTH, _torch_adamw("fused")),
+        Entry(APOLLO_ADAMW, "rival", tuple(APOLLO), _apollo_adamw),
+        Entry(TORCH_FUSED, "rival", (*BOTH, *APOLLO), _torch_adamw("fused")),
         Entry(TORCH_FOREACH, "rival", BOTH, _torch_adamw("foreach")),
     ]
 
@@ -140,6 +142,19 @@ def _galore_adamw(problem: Problem) -> Implementation:
     )
     _inject_bases(optimizer, params, problem)
     return _galore(problem, params, optimizer.step, "param", "moments in the gradient's dtype")
+
+
+def _apollo_adamw(problem: Problem) -> Implementation:
+    apollo_torch = _import("apollo_torch", "apollo-torch")
+    params, (scaling, scale) = _parameters(problem), APOLLO[problem.operation]
+    (group,) = _galore_groups(params, problem)
+    group |= {"proj": "random", "scale_type": scaling, "scale": scale}
+    optimizer = apollo_torch.APOLLOAdamW([group], lr=LR, betas=BETAS)
+    work, itemsize, rank = ZERO, problem.case.dtype.itemsize, problem.low_rank()
+    for shape in problem.case.shapes:
+        work += apollo_work(shape, rank, itemsize, "param") + Work(orient(shape)[1] * rank * itemsize, 0, 0)
+    notes = "moments in the gradient's dtype; its basis, kept, was drawn at its first step, before timing"
+    return Implementation(optimizer.step, work, list(params), _give_gradients(params, problem), notes=notes)
 
 
 def _bitsandbytes(problem: Problem) -> Implementation:

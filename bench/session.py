@@ -13,13 +13,12 @@ import torch
 from floor import Shape, measure_limits
 from harness import FLUSH_FACTOR, Clock, CpuClock, CudaClock, Entry, Flush, last_level_cache_bytes
 from harness import run as run_row
-from problem import FULL_RANK, LAYERS, OPERATIONS, Case, Problem
+from problem import FULL_RANK, LAYERS, MINI, OPERATIONS, Case, Problem
 from ratios import Row, all_ratios, goals
 from report import as_json, print_goals, print_head, print_ratios, print_row, write_json
 from rich.console import Console
 from rich.progress import Progress
 
-OPTIMIZER = "ours: GaLoreFusedAdam8bit.step"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Square, wide and tall; 60M's matrices, the goals' matrix both ways, and one of 7B.
@@ -55,7 +54,7 @@ def cases(operations: list[str], shapes: list[str], ranks: list[int], dtypes: li
             label = text if text not in LAYERS else f"{text} layer ({len(matrices)} matrices)"
             smallest = min(min(shape) for shape in matrices)
             wanted: list[int | None] = [rank for rank in ranks if rank <= smallest]
-            for rank in [None] if operation in FULL_RANK else wanted:
+            for rank in [None] if operation in FULL_RANK else [1] if operation == MINI else wanted:
                 found += [Case(operation, label, matrices, rank, DTYPES[name]) for name in dtypes]
     return found
 
@@ -75,7 +74,7 @@ def _clock(name: str) -> Clock:
 
 def _sweep_entries(entries: list[Entry]) -> list[Entry]:
     # The sweep asks one question of many shapes; everyone else would take most of its time.
-    wanted = {*ours.native_names(), OPTIMIZER, rivals.TWO_PRODUCTS, rivals.GALORE_8BIT}
+    wanted = {*ours.native_names(), ours.GALORE_OPTIMIZER, rivals.TWO_PRODUCTS, rivals.GALORE_8BIT}
     return [entry for entry in entries if entry.name in wanted]
 
 
@@ -126,8 +125,9 @@ def run(options: argparse.Namespace, entries: list[Entry] | None = None) -> dict
             progress.advance(bar)
 
     facts["load_at_end"] = machine.load()
-    kernels = ours.native_names()
-    ratios, reached = all_ratios(rows, kernels), goals(rows, kernels, OPTIMIZER, limits)
+    kernels, optimizers = ours.native_names(), (ours.GALORE_OPTIMIZER, ours.APOLLO_OPTIMIZER)
+    ratios = all_ratios(rows, kernels)
+    reached = goals(rows, kernels, optimizers, limits, clock.device.type)
     print_ratios(console, ratios)
     print_goals(console, reached)
     data = as_json(facts, method, limits, rows, ratios, reached)

@@ -1,4 +1,4 @@
-"""The benchmark itself: its counts, its fairness, and that it calls a rival broken which does nothing."""
+"""The kernel benchmark itself: its fairness, and that it calls a rival broken which does nothing."""
 
 from __future__ import annotations
 
@@ -19,19 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import kernel_bench
 import rivals
-from floor import (
-    Limits,
-    Work,
-    adam_work,
-    floor_seconds,
-    galore_work,
-    lowrank_work,
-    moments_bytes,
-    orient,
-    products_work,
-)
+import session
+from floor import Limits, Work, orient
 from harness import CpuClock, Entry, Implementation, Result, UnavailableError, order, prepare, run
-from problem import LR, OPERATIONS, SCALE, Case, Problem
+from problem import APOLLO, LR, OPERATIONS, SCALE, Case, Problem
 from ratios import Goal, Row, all_ratios, goals
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -41,61 +32,6 @@ LIMITS = Limits(bandwidth=10e9, copy=10e9, read=8e9, add=9e9, scale=7e9, rate={"
 
 def _case(operation: str = "galore_update", rank: int | None = 8, dtype: torch.dtype = torch.float32) -> Case:
     return Case(operation, "96x64", ((96, 64),), rank, dtype)
-
-
-# Counts, by hand -----------------------------------------------------------------------------------------------
-
-
-def test_orient_is_galore_torchs_std() -> None:
-    assert orient((1024, 4096)) == (4096, 1024, "left")
-    assert orient((4096, 1024)) == (4096, 1024, "right")
-    assert orient((512, 512)) == (512, 512, "right")
-
-
-@pytest.mark.parametrize(
-    ("state", "expected"),
-    # 257 elements are two blocks: two moments of 257 codes and 2 absmax of 4 bytes
-    [("8bit", 2 * (257 + 8)), ("fp32", 2 * 4 * 257), ("param", 2 * 2 * 257), ("none", 0)],
-)
-def test_moments_bytes(state: str, expected: int) -> None:
-    assert moments_bytes(257, state, itemsize=2) == expected
-
-
-def test_moments_bytes_refuses_an_unknown_format() -> None:
-    with pytest.raises(ValueError, match="8bit, fp32, param, none"):
-        moments_bytes(1, "int4", itemsize=2)
-
-
-def test_adam_work_by_hand() -> None:
-    # 2 x 128 fp32: W and G read, W written (1024 B each); moments 2 * (256 + 4) read and written
-    assert adam_work((2, 128), 4, "8bit") == Work(2 * 1024 + 520, 1024 + 520, 0)
-
-
-def test_galore_work_by_hand() -> None:
-    # 1024 x 4096 bf16, r = 128: L = 4096, S = 1024. Moments: 524,288 codes and 2,048 absmax, twice.
-    moments = 2 * (524_288 + 8_192)
-    read = 2 * 8_388_608 + 262_144 + moments
-    assert galore_work((1024, 4096), 128, 2, "8bit") == Work(read, 8_388_608 + moments, 2_147_483_648)
-
-
-def test_lowrank_work_reads_r_instead_of_g_and_halves_the_products() -> None:
-    full, low = galore_work((64, 96), 8, 4, "8bit"), lowrank_work((64, 96), 8, 4, "8bit")
-    assert full.bytes_read - low.bytes_read == (96 * 64 - 96 * 8) * 4
-    assert low.bytes_written == full.bytes_written
-    assert low.operations * 2 == full.operations
-
-
-def test_products_work_by_hand() -> None:
-    # R = G @ P: reads 96 x 64 and 64 x 8, writes 96 x 8; R @ P.T: reads R, writes 96 x 64 (P was counted)
-    both = products_work((96, 64), 8, 4, count=2)
-    assert both == Work(4 * (6144 + 512 + 768), 4 * (768 + 6144), 2 * 2 * 96 * 64 * 8)
-    assert products_work((96, 64), 8, 4, count=1) == Work(4 * (768 + 512), 4 * 6144, 2 * 96 * 64 * 8)
-
-
-def test_floor_is_the_slower_of_memory_and_products() -> None:
-    assert floor_seconds(Work(6_000_000_000, 4_000_000_000, 10), LIMITS, "fp32") == pytest.approx(1.0)
-    assert floor_seconds(Work(10, 10, 3_000_000_000_000), LIMITS, "fp32") == pytest.approx(3.0)
-    assert floor_seconds(Work(10, 10, 3_000_000_000_000), LIMITS, "bf16") == pytest.approx(1.5)
 
 
 # Interleaving ----------------------------------------------------------------------------------------------------
@@ -111,11 +47,38 @@ def test_order_is_a_new_permutation_each_round() -> None:
     assert rounds == [order(names, index) for index in range(40)]  # and reproducible
 
 
+class _ApolloSteps:
+    """APOLLO's changes from the definition: Adam on a random projection, factors, limiter."""
+
+    def __init__(self, operation: str) -> None:
+        self.scaling, self.scale = APOLLO.get(operation, ("", 0.0))
+        self.steps: dict[int, int] = {}
+        self.norms: dict[int, Tensor] = {}
+
+    def step(self, index: int, grad: Tensor, rank: int) -> Tensor:
+        right = orient((grad.shape[0], grad.shape[1]))[2] == "right"
+        rows = grad.float() if right else grad.float().T
+        step = self.steps[index] = self.steps.get(index, 0) + 1
+        basis = torch.randn(rows.shape[1], rank, generator=torch.Generator().manual_seed(index)) / rank**0.5
+        lowrank = rows @ basis
+        first, second = 1 - 0.9**step, 1 - 0.999**step
+        direction = first * lowrank / (second**0.5 * lowrank.abs())
+        axis = 1 if self.scaling == "channel" else None
+        scaled = rows * direction.norm(dim=axis, keepdim=True) / lowrank.norm(dim=axis, keepdim=True)
+        norm = scaled.norm()
+        if index in self.norms:
+            limiter = (norm / self.norms[index]).clamp_min(1.01) / 1.01
+            scaled, norm = scaled / limiter, norm / limiter
+        self.norms[index] = norm
+        change = LR * second**0.5 / first * self.scale**0.5 * scaled
+        return (change if right else change.T).to(grad.dtype)
+
+
 def _adam_step(
     problem: Problem, factor: float = 1.0, only: int | None = None
 ) -> tuple[list[Tensor], Callable[[], None]]:
     """What every right implementation does under a constant gradient, written from the definition."""
-    weights = problem.weights()
+    weights, apollo = problem.weights(), _ApolloSteps(problem.operation)
 
     def step() -> None:
         for index, (weight, grad) in enumerate(zip(weights, problem.grads, strict=True)):
@@ -123,6 +86,8 @@ def _adam_step(
                 continue
             if problem.rank is None:
                 change = LR * torch.sign(grad)
+            elif problem.operation in APOLLO:
+                change = apollo.step(index, grad, problem.rank)
             else:
                 side = orient(problem.case.shapes[index])[2]
                 basis = problem.bases[index]
@@ -174,6 +139,10 @@ def test_run_puts_gradients_back_before_each_call() -> None:
     assert log[1::2] == ["call"] * 7
 
 
+# An operation of each kind, at a rank that its matrices have.
+JUDGED = [("galore_update", 8), ("adam8bit_update", None), ("apollo_update", 8), ("apollo_mini_update", 1)]
+
+
 # Honesty -----------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +152,11 @@ def _status(problem: Problem, entry: Entry) -> Result:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("operation", "rank"), [("galore_update", 8), ("adam8bit_update", None)])
+@pytest.mark.parametrize(
+    ("operation", "rank"),
+    # APOLLO's factors at rank 1 have no mean: some indices move a thousand times as far as others
+    [*JUDGED, ("apollo_update", 1), ("apollo_update", 64)],
+)
 def test_a_right_step_passes(operation: str, rank: int | None, dtype: torch.dtype) -> None:
     problem = Problem(Case(operation, "two", ((96, 64), (64, 96)), rank, dtype), CPU)
     assert _status(problem, _entry("right", _adam_step)).status == "ok"
@@ -200,7 +173,7 @@ def test_a_right_step_passes(operation: str, rank: int | None, dtype: torch.dtyp
     ],
     ids=["nothing", "one matrix only", "climbs", "clipped", "jumps"],
 )
-@pytest.mark.parametrize(("operation", "rank"), [("galore_update", 8), ("adam8bit_update", None)])
+@pytest.mark.parametrize(("operation", "rank"), JUDGED)
 def test_a_rival_that_moves_the_weights_wrongly_is_called_broken(
     operation: str, rank: int | None, make: Callable[[Problem], tuple[list[Tensor], Callable[[], object]]], reason: str
 ) -> None:
@@ -208,6 +181,72 @@ def test_a_rival_that_moves_the_weights_wrongly_is_called_broken(
     result = _status(problem, _entry("planted", make))
     assert result.status == "broken"
     assert reason in result.reason
+
+
+@pytest.mark.parametrize(
+    ("operation", "rank", "factor", "reason"),
+    [
+        ("apollo_mini_update", 1, 128**-0.5, "times as far"),  # without its scale
+        ("apollo_mini_update", 1, 128**0.5, "times as far"),  # the scale instead of its root
+        ("apollo_update", 8, 8**-0.5, "times as far"),  # a basis of variance 1 instead of 1 / r
+        ("apollo_update", 8, -1.0, "the wrong way"),
+    ],
+)
+def test_an_apollo_step_of_another_length_is_called_broken(
+    operation: str, rank: int, factor: float, reason: str
+) -> None:
+    problem = Problem(Case(operation, "two", ((96, 64), (64, 96)), rank, torch.float32), CPU)
+    result = _status(problem, _entry("planted", lambda problem: _adam_step(problem, factor)))
+    assert (result.status, reason in result.reason) == ("broken", True)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_raw_gradient_step_is_no_apollo_step(rank: int) -> None:
+    problem = Problem(Case("apollo_update", "one", ((96, 64),), rank, torch.float32), CPU)
+
+    def plain(problem: Problem) -> tuple[list[Tensor], Callable[[], None]]:
+        weights = problem.weights()
+
+        def step() -> None:
+            weights[0].sub_(LR * problem.grads[0])  # no factors
+
+        return weights, step
+
+    result = _status(problem, _entry("planted", plain))
+    assert (result.status, "times as far" in result.reason) == ("broken", True)
+
+
+@pytest.mark.parametrize("shape", [(512, 256), (256, 512)])
+# low ranks, where the median's factor counts, and one where the matrix' norm would do as well
+@pytest.mark.parametrize(
+    ("operation", "rank"), [("apollo_update", 2), ("apollo_update", 64), ("apollo_mini_update", 1)]
+)
+def test_the_length_of_an_apollo_step_is_known(operation: str, rank: int, shape: tuple[int, int]) -> None:
+    problem = Problem(Case(operation, "one", (shape,), rank, torch.float32), CPU)
+    (weight,), step = _adam_step(problem)
+    before = weight.clone()
+    for _ in range(3):
+        step()
+    length, cosine = problem.movement(0, weight - before, rank)
+    expected, aligned = problem.expected_change(shape, rank, steps=3)
+    assert length == pytest.approx(expected, rel=0.12)  # the basis' norm is off by 1 / sqrt(2 S rank) = 4 % or so
+    assert cosine == pytest.approx(aligned, rel=1e-3)
+
+
+@pytest.mark.parametrize("operation", list(APOLLO))
+def test_a_full_rank_rival_of_an_apollo_row_is_judged_as_adam(operation: str) -> None:
+    problem = Problem(Case(operation, "one", ((96, 64),), 1, torch.float32), CPU)
+    (entry,) = (entry for entry in rivals.entries() if entry.name == rivals.TORCH_FUSED)
+    assert _status(problem, entry).status == "ok"
+
+
+def test_apollo_minis_rank_is_one_whatever_the_ranks() -> None:
+    found = session.cases(["apollo_mini_update", "apollo_update"], ["96x64"], [8, 32, 128], ["fp32"])
+    assert [(case.operation, case.rank) for case in found] == [
+        ("apollo_mini_update", 1),
+        ("apollo_update", 8),
+        ("apollo_update", 32),
+    ]
 
 
 def test_a_broken_rival_is_not_timed() -> None:
@@ -233,7 +272,7 @@ def test_an_unavailable_implementation_is_listed_with_its_reason() -> None:
 
 
 def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bitsandbytes", "galore_torch"):
+    for module in ("bitsandbytes", "galore_torch", "apollo_torch"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
     results, runnable = prepare(Problem(_case(), CPU), rivals.entries())
     missing = {r.name: r.reason for r in results if r.status == "missing"}
@@ -241,6 +280,11 @@ def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyP
     assert "pip install bitsandbytes" in missing[rivals.BNB_8BIT]
     assert "pip install galore-torch" in missing[rivals.GALORE_ADAMW]
     assert set(runnable) == {rivals.TWO_PRODUCTS, rivals.TORCH_FUSED, rivals.TORCH_FOREACH}
+    results, runnable = prepare(Problem(_case("apollo_update"), CPU), rivals.entries())
+    missing = {r.name: r.reason for r in results if r.status == "missing"}
+    assert set(missing) == {rivals.APOLLO_ADAMW}
+    assert "pip install apollo-torch" in missing[rivals.APOLLO_ADAMW]
+    assert set(runnable) == {rivals.TORCH_FUSED}
 
 
 # Ratios and goals --------------------------------------------------------------------------------------------------
@@ -249,15 +293,20 @@ def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyP
 def _row(operation: str, ours: float, **others: float) -> Row:
     full_rank = operation == "adam8bit_update"
     case = Case(operation, "1024x4096", ((1024, 4096),), None if full_rank else 128, torch.float32)
-    names = {"bnb": rivals.BNB_8BIT, "galore": rivals.GALORE_8BIT, "products": rivals.TWO_PRODUCTS}
+    names = {
+        "bnb": rivals.BNB_8BIT,
+        "galore": rivals.GALORE_8BIT,
+        "apollo": rivals.APOLLO_ADAMW,
+        "products": rivals.TWO_PRODUCTS,
+    }
     work = Work(10_000_000, 0, 0)  # 1 ms at LIMITS
     results = [Result("ours: cpu", "ours", "ok", work=work, seconds=[ours] * 3)]
     results += [Result(names[key], "rival", "ok", work=work, seconds=[t] * 3) for key, t in others.items()]
     return Row(case, results)
 
 
-def _verdicts(row: Row) -> dict[str, Goal]:
-    return {goal.text: goal for goal in goals([row], ["ours: cpu"], "ours: optimizer", LIMITS)}
+def _verdicts(row: Row, device: str = "cpu") -> dict[str, Goal]:
+    return {goal.text: goal for goal in goals([row], ["ours: cpu"], ["ours: optimizer"], LIMITS, device)}
 
 
 def test_goals_met_missed_and_unknown() -> None:
@@ -271,6 +320,16 @@ def test_goals_met_missed_and_unknown() -> None:
     assert missed.at_floor == pytest.approx(17.0)
     unknown = _verdicts(_row("adam8bit_update", 0.010))[f"at least 8 x faster than {rivals.BNB_8BIT}"]
     assert (unknown.value, unknown.verdict, unknown.reason) == (None, "unknown", "not in this run")
+
+
+@pytest.mark.parametrize("operation", list(APOLLO))
+def test_apollos_goals_depend_on_the_device(operation: str) -> None:
+    row = _row(operation, 0.010, apollo=0.020)
+    (on_cpu,) = _verdicts(row).values()
+    (on_gpu,) = _verdicts(row, "cuda").values()
+    assert (on_cpu.text, on_cpu.verdict) == (f"no slower than {rivals.APOLLO_ADAMW}", "met")
+    assert (on_gpu.text, on_gpu.verdict) == (f"at least 3 x faster than {rivals.APOLLO_ADAMW}", "missed")
+    assert on_gpu.value == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("theirs", "verdict"), [(0.005, "LOSS"), (0.020, "win"), (0.010, "LOSS")])
@@ -320,14 +379,14 @@ def test_quick_run_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     data = json.loads(out.read_text())
-    assert {row["operation"] for row in data["rows"]} == {"galore_update", "lowrank_update", "adam8bit_update"}
+    assert {row["operation"] for row in data["rows"]} == set(OPERATIONS)
     assert {row["dtype"] for row in data["rows"]} == {"fp32", "bf16"}
-    expected = {entry.name for entry in rivals.entries() if "galore_update" in entry.operations}
     for row in data["rows"]:
         named = {result["name"] for result in row["results"]}
         assert {"ours: cpu", "ours: cuda", "ours: triton", "ours: reference (unfused torch)"} <= named
-        if row["operation"] == "galore_update":
-            assert expected <= named
+        assert named >= {entry.name for entry in rivals.entries() if row["operation"] in entry.operations}
+        if row["operation"] in APOLLO:
+            assert {"ours: APOLLOFusedAdam8bit.step", "ours: APOLLOFusedAdamW.step"} <= named
         for result in row["results"]:
             assert result["status"] in ("ok", "missing", "broken", "failed")
             if result["status"] == "ok":
@@ -350,65 +409,3 @@ def test_pictures_of_rows_and_of_a_sweep(tmp_path: Path) -> None:
     picture.draw_sweep(tmp_path / "sweep.png", rows, ["ours: cpu"], rivals.GALORE_8BIT, "footer")
     for name in ("rows.png", "sweep.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_state_bytes_of_llama_60m_by_hand() -> None:
-    pytest.importorskip("transformers", reason="pretrain extra")
-    import state_bytes
-
-    counted = {count.optimizer: count.bytes for count in state_bytes.counts("60m")}
-    hidden, middle, rank, layers, words = 512, 1376, 128, 8, 32_000
-    scalars = 4 + 8  # step and skipped
-    # 8-bit moments of n elements, n a multiple of 256 here: 2 (n + 4 n / 256) bytes
-    moments = {n: 2 * (n + n // 64) for n in (hidden * rank, middle * rank, words * hidden)}
-    bases = 2 * hidden * rank  # bfloat16; the short side is 512 in all seven matrices
-    layer = 4 * moments[hidden * rank] + 3 * moments[middle * rank] + 7 * (bases + scalars)
-    norms = (2 * layers + 1) * (2 * 4 * hidden + scalars)  # small tensors: float32 moments
-    expected = layers * layer + norms + 2 * (moments[words * hidden] + scalars)
-    assert counted["GaLoreFusedAdam8bit"] == expected
-    parameters = layers * (4 * hidden**2 + 3 * hidden * middle) + 2 * words * hidden + (2 * layers + 1) * hidden
-    assert counted["AdamW, bf16 moments"] == 4 * parameters
-
-
-def test_the_overhead_of_a_step_is_less_in_groups() -> None:
-    import step_overhead
-
-    found = {what: step_overhead.measure(what, True, steps=3, layers=4).median for what in step_overhead.GROUPS}
-    assert max(found["optimizer"], found["optimizer and pipeline"]) < found["one at a time"]
-
-
-def test_subspaces_are_judged_and_timed(tmp_path: Path) -> None:
-    pytest.importorskip("galore_torch", reason="bench extra")
-    import subspace_bench
-
-    assert subspace_bench.main(["--quick", "--json", str(tmp_path / "subspace.json")]) == 0
-    data = json.loads((tmp_path / "subspace.json").read_text())
-    ours = [row for row in data["quality"] if row["method"] == "ours, cold"]
-    assert len(ours) == 11 * 3
-    assert all(0.8 < row["share"] <= 1.001 and row["orthonormality"] < 1e-5 for row in ours)
-    assert {row["method"] for row in data["timings"]} >= {"ours, cold", "ours, warm", "galore_torch"}
-
-
-def test_runs_with_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    import pretrain_seeds
-
-    def run(name: str, seed: int, loss: float, final: str = "final") -> None:
-        config = dict.fromkeys(("preset", "optimizer", "steps", "lr", "rank", "update_proj_gap", "split"), 1)
-        log = [
-            {"kind": "header", "config": config | {"seed": seed}, "corpus": {"sha256": "0"}},
-            {"kind": "subspaces", "step": 9, "layers": {"a": {"refreshes": 3}, "b": {"refreshes": 4}}},
-            {"kind": final, "step": 9, "validation_loss": loss, "optimizer_state_bytes": 100},
-        ]
-        (tmp_path / f"{name}-{seed}").mkdir()
-        (tmp_path / f"{name}-{seed}" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-
-    for seed, losses in enumerate([(1.5, 1.25), (1.75, 1.25)]):
-        run("svd", seed, losses[0])
-        run("warm-staggered", seed, losses[1])
-    first, second = pretrain_seeds.read_options(tmp_path)
-    assert (first.name, first.mean, first.refreshes) == ("warm-staggered", 1.25, 7)
-    assert first.differences == {"0": -0.25, "1": -0.5}
-    assert (second.name, second.mean) == ("svd", 1.625)
-    run("int8", 0, 1.0, final="train")
-    with pytest.raises(ValueError, match=r"int8-0.*expected a finished run"):
-        pretrain_seeds.read_options(tmp_path)
