@@ -6,8 +6,9 @@
 
 namespace gk::cpu::GK_ISA {
 
-// Rows and columns of a task; columns are whole groups of int8 weights.
-constexpr index_t kScaledRows = 32;
+// Rows of a task, which takes them whole: in strips of columns wide matrices took twice the time. Columns at a time are
+// whole groups of int8 weights.
+constexpr index_t kScaledRows = 16;
 constexpr index_t kScaledColumns = 8 * kWeightGroup;
 
 // n new weights: weight(i, F{}) is the old one of element i, or of kLanes from there on, take(i, w) gets the new one.
@@ -60,20 +61,20 @@ static void update_scaled_codes(Int8* codes, float* scales, const G* grad, const
 template <Side kSide, class W, class G>
 static void scaled_gradient_update_as(const Weight& weight, const G* grad, index_t rows, index_t cols,
                                       const float* factors, const AdamCoefficients& coefficients, int threads) {
-    const index_t panels = ceil_div(cols, kScaledColumns);
-    for_each_task(ceil_div(rows, kScaledRows) * panels, threads, [&](index_t task, int) {
+    for_each_task(ceil_div(rows, kScaledRows), threads, [&](index_t task, int) {
         const AdamCoefficients c = coefficients;  // a copy: no store can change it
-        const index_t column = task % panels * kScaledColumns, n = at_most(kScaledColumns, cols - column);
-        const index_t first_row = task / panels * kScaledRows, last_row = at_most(first_row + kScaledRows, rows);
-        for (index_t row = first_row; row < last_row; ++row) {
-            const index_t first = row * cols + column;
-            const float* factor = factors + (kSide == Side::right ? row : column);
-            W* own = static_cast<W*>(weight.data) + first;
-            if constexpr (kIsCodes<W>) {
-                float* scales = weight.scale + row * weight_groups(cols) + column / kWeightGroup;
-                update_scaled_codes<kSide>(own, scales, grad + first, factor, n, first, weight.rounding, c);
-            } else {
-                update_scaled_row<kSide>(own, grad + first, factor, n, first, weight.rounding, c);
+        const index_t last_row = at_most((task + 1) * kScaledRows, rows);
+        for (index_t row = task * kScaledRows; row < last_row; ++row) {
+            for (index_t column = 0; column < cols; column += kScaledColumns) {
+                const index_t first = row * cols + column, n = at_most(kScaledColumns, cols - column);
+                const float* factor = factors + (kSide == Side::right ? row : column);
+                W* own = static_cast<W*>(weight.data) + first;
+                if constexpr (kIsCodes<W>) {
+                    float* scales = weight.scale + row * weight_groups(cols) + column / kWeightGroup;
+                    update_scaled_codes<kSide>(own, scales, grad + first, factor, n, first, weight.rounding, c);
+                } else {
+                    update_scaled_row<kSide>(own, grad + first, factor, n, first, weight.rounding, c);
+                }
             }
         }
     });
