@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 from update_cases import assert_same_bits
 
-from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim.galore import GaLoreAdam
 
+#: Those with every option of a subspace.
 OPTIMIZERS: list[type[GaLoreAdam]] = [GaLoreFusedAdam8bit, GaLoreFusedAdamW]
+
+AnyOptimizer = type[GaLoreAdam] | type[APOLLOFusedAdam8bit]
+
+#: One of each kind of state.
+EVERY_OPTIMIZER: list[AnyOptimizer] = [*OPTIMIZERS, APOLLOFusedAdam8bit]
 
 #: Low rank, frequent refreshes, decay on: every term of a step acts within a few steps.
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "rank": 16, "update_proj_gap": 3, "weight_decay": 0.1}

@@ -15,7 +15,7 @@ from optimizer_cases import OPTIMIZERS, assert_same_snapshot, snapshot
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim import factored as factored_module
 from galore_kernels.optim import step as step_module
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "periodic": {"update_proj_gap": 5, "moments_on_refresh": "rotate", "basis_format": "int8"},
@@ -39,7 +39,7 @@ def weights_only(value: Any) -> Any:
 @pytest.mark.parametrize("steps", [1, 5, 6])  # within; right before a step that keeps factors; right after
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(
-    schedule: str, steps: int, optimizer_class: type[GaLoreAdam]
+    schedule: str, steps: int, optimizer_class: type[LowRankOptimizer]
 ) -> None:
     fields: dict[str, Any] = {"optimizer_class": optimizer_class, "options": SCHEDULES[schedule]}
     straight, stopped, resumed = (Run(True, **fields) for _ in range(3))

@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"nn", "subspace", "ops", "quantizers"},
     "nn": {"subspace", "ops", "quantizers"},
     "integrations": {"optim", "nn", "subspace", "ops", "quantizers", "checkpoint"},
-    # What users import: everything but the hosts' integrations and the program.
+    "compat": {"optim", "ops", "quantizers", "subspace"},
+    # What users import: everything but the hosts' integrations, others' names and the program.
     "": {"backends", "checkpoint", "nn", "ops", "optim", "quantizers", "subspace", "_native"},
     # The program uses the package as its users do.
     "pretrain": {"", "checkpoint", "quantizers", "subspace"},

@@ -274,7 +274,7 @@ def test_every_backend_is_there_or_says_why_not() -> None:
     assert info["cuda"]["available"] == (torch.cuda.is_available() and bool(_native.build_info()["cuda_archs"]))
     for name, facts in info.items():
         if facts["available"]:
-            others = ["dequantize_blockwise", "quantize_blockwise", "rotate_moments"]
+            others = ["apollo_update", "dequantize_blockwise", "quantize_blockwise", "random_basis", "rotate_moments"]
             assert facts["operations"] == sorted([*UPDATES, *others]), name
         else:
             assert facts["reason"], name
@@ -289,8 +289,8 @@ def test_a_backend_that_cannot_serve_a_call_says_why() -> None:
         registry.select("galore_update", "cpu", torch.device("meta"))
     with pytest.raises(RuntimeError, match=r"cpu: .*reference: a meta tensor has no data"):
         registry.select("galore_update", "auto", torch.device("meta"))
-    with pytest.raises(RuntimeError, match="does not implement apollo_update"):
-        registry.select("apollo_update", "reference", torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="does not implement muon_update"):
+        registry.select("muon_update", "reference", torch.device("cpu"))
 
 
 def test_backends_have_the_names_that_auto_asks_for() -> None:

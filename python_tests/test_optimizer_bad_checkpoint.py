@@ -11,27 +11,39 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from optimizer_cases import OPTIMIZERS, OPTIONS, SHAPES, assert_same_snapshot, make_params, set_grads, snapshot, train
+from optimizer_cases import (
+    EVERY_OPTIMIZER,
+    OPTIMIZERS,
+    OPTIONS,
+    SHAPES,
+    assert_same_snapshot,
+    make_params,
+    set_grads,
+    snapshot,
+    train,
+)
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.checksum import state_checksum
-from galore_kernels.optim.galore import GaLoreAdam
 
 StateDict = dict[str, Any]
 Damage = Callable[[StateDict], object]
 
 
 def trained(
-    optimizer_class: type[GaLoreAdam] = GaLoreFusedAdam8bit, steps: int = 4, **options: Any
-) -> tuple[GaLoreAdam, dict[str, nn.Parameter]]:
+    optimizer_class: type[LowRankOptimizer] = GaLoreFusedAdam8bit, steps: int = 4, **options: Any
+) -> tuple[LowRankOptimizer, dict[str, nn.Parameter]]:
     params = make_params()
     optimizer = optimizer_class(list(params.items()), **{**OPTIONS, **options})
     train(optimizer, params, range(steps))
     return optimizer, params
 
 
-def assert_refused(optimizer: GaLoreAdam, params: dict[str, nn.Parameter], saved: StateDict, message: str) -> None:
+def assert_refused(
+    optimizer: LowRankOptimizer, params: dict[str, nn.Parameter], saved: StateDict, message: str
+) -> None:
     """Fails unless loading raises ValueError with ``message``, the optimizer is as before, and so is its next step."""
     before = snapshot(optimizer, params)
     with pytest.raises(ValueError, match=message):
@@ -59,13 +71,13 @@ def with_right_checksums(saved: StateDict) -> StateDict:
         ({"project_nd": True}, "param group 0: project_nd=True"),
     ],
 )
-def test_of_other_options(optimizer_class: type[GaLoreAdam], options: dict[str, Any], message: str) -> None:
+def test_of_other_options(optimizer_class: type[LowRankOptimizer], options: dict[str, Any], message: str) -> None:
     saved = trained(optimizer_class, **options)[0].state_dict()
     assert_refused(*trained(optimizer_class), saved, message)
 
 
 def test_of_another_optimizer() -> None:
-    saved = {c: trained(c)[0].state_dict() for c in OPTIMIZERS}
+    saved = {c: trained(c)[0].state_dict() for c in EVERY_OPTIMIZER}
     assert_refused(*trained(), saved[GaLoreFusedAdamW], "saved by GaLoreFusedAdamW, not GaLoreFusedAdam8bit; construct")
     assert_refused(*trained(GaLoreFusedAdamW), saved[GaLoreFusedAdam8bit], "saved by GaLoreFusedAdam8bit")
 
@@ -225,10 +237,10 @@ def test_damaged_values_are_found_even_under_right_checksums(kind: str) -> None:
 
 
 # The state after four steps of every kind of parameter; made once, since each example only reads it.
-_SAVED: dict[type[GaLoreAdam], tuple[GaLoreAdam, dict[str, nn.Parameter], StateDict]] = {}
+_SAVED: dict[type[LowRankOptimizer], tuple[LowRankOptimizer, dict[str, nn.Parameter], StateDict]] = {}
 
 
-def saved_by(optimizer_class: type[GaLoreAdam]) -> tuple[GaLoreAdam, dict[str, nn.Parameter], StateDict]:
+def saved_by(optimizer_class: type[LowRankOptimizer]) -> tuple[LowRankOptimizer, dict[str, nn.Parameter], StateDict]:
     if optimizer_class not in _SAVED:
         optimizer, params = trained(optimizer_class)
         _SAVED[optimizer_class] = optimizer, params, copy.deepcopy(optimizer.state_dict())
@@ -242,9 +254,9 @@ def flip(tensor: Tensor, bit: int) -> Tensor:
     return raw.view(tensor.dtype).view(tensor.shape)
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: type[GaLoreAdam], data: st.DataObject) -> None:
+def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: type[LowRankOptimizer], data: st.DataObject) -> None:
     optimizer, params, pristine = saved_by(optimizer_class)
     index = data.draw(st.sampled_from(sorted(pristine["state"])))
     state = pristine["state"][index]
@@ -254,8 +266,8 @@ def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: type[GaLoreAdam], 
     assert_refused(optimizer, params, damaged, rf'parameter {index} \("{list(SHAPES)[index]}"\): ')
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-def test_a_flipped_bit_at_both_ends_of_every_tensor(optimizer_class: type[GaLoreAdam]) -> None:
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
+def test_a_flipped_bit_at_both_ends_of_every_tensor(optimizer_class: type[LowRankOptimizer]) -> None:
     optimizer, _, pristine = saved_by(optimizer_class)
     for index, state in pristine["state"].items():
         for key, value in state.items():
@@ -274,16 +286,16 @@ def test_a_refused_checkpoint_does_not_disturb_a_step_that_is_to_be_retried(monk
     expected, expected_params = trained(steps=5)
     set_grads(params, 4)
     calls = []
-    apply = GaLoreAdam._apply
+    apply = LowRankOptimizer._apply
 
-    def fails_third(self: GaLoreAdam, *args: Any) -> tuple[int, int]:
+    def fails_third(self: LowRankOptimizer, *args: Any) -> tuple[int, int]:
         calls.append(args)
         if len(calls) == 3:
             raise MemoryError
         return apply(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GaLoreAdam, "_apply", fails_third)
+        patch.setattr(LowRankOptimizer, "_apply", fails_third)
         with pytest.raises(MemoryError):
             optimizer.step()
     with pytest.raises(ValueError, match="missing"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
+    EVERY_OPTIMIZER,
     OPTIMIZERS,
     OPTIONS,
     SHAPES,
@@ -23,12 +24,14 @@ from optimizer_cases import (
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 Params = dict[str, nn.Parameter]
 
 
-def named(optimizer_class: type[GaLoreAdam] = GaLoreFusedAdam8bit, **options: Any) -> tuple[GaLoreAdam, Params]:
+def named(
+    optimizer_class: type[LowRankOptimizer] = GaLoreFusedAdam8bit, **options: Any
+) -> tuple[LowRankOptimizer, Params]:
     params = make_params()
     return optimizer_class(list(params.items()), **{**OPTIONS, **options}), params
 
@@ -119,12 +122,12 @@ UNUSABLE: dict[str, float] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("value", UNUSABLE)
 @pytest.mark.parametrize("at", [0, 2, 3])  # the very first step, a plain one, a refresh
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_tensors_step_is_skipped_and_the_others_taken(
-    backend: str, optimizer_class: type[GaLoreAdam], value: str, at: int, name: str
+    backend: str, optimizer_class: type[LowRankOptimizer], value: str, at: int, name: str
 ) -> None:
     optimizer, params = named(optimizer_class, backend=backend)
     train(optimizer, params, range(at))
@@ -150,11 +153,11 @@ def test_one_tensors_step_is_skipped_and_the_others_taken(
     assert optimizer.skipped_steps() == {f'param group 0, parameter {index} ("{name}")': 1}
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("value", UNUSABLE)
 @pytest.mark.parametrize("at", [0, 2, 3])
 def test_training_continues_as_if_the_skipped_step_had_not_been(
-    backend: str, optimizer_class: type[GaLoreAdam], value: str, at: int
+    backend: str, optimizer_class: type[LowRankOptimizer], value: str, at: int
 ) -> None:
     optimizer, params = named(optimizer_class, backend=backend)
     train(optimizer, params, range(at))
@@ -200,7 +203,9 @@ def test_a_report_turned_into_an_exception_loses_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize("factor", [1e-30, 1e-38, 1e15])
-def test_gradients_of_extreme_but_usable_size(backend: str, optimizer_class: type[GaLoreAdam], factor: float) -> None:
+def test_gradients_of_extreme_but_usable_size(
+    backend: str, optimizer_class: type[LowRankOptimizer], factor: float
+) -> None:
     optimizer, params = named(optimizer_class, weight_decay=0.0, backend=backend)
     before = {name: param.detach().clone() for name, param in params.items()}
     for step in range(4):

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
-    OPTIMIZERS,
+    EVERY_OPTIMIZER,
     OPTIONS,
     SHAPES,
+    AnyOptimizer,
     assert_same_snapshot,
     clone_params,
     flatten,
@@ -26,7 +27,6 @@ from torch.optim import lr_scheduler
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, checkpoint
-from galore_kernels.optim.galore import GaLoreAdam
 
 Params = dict[str, nn.Parameter]
 
@@ -51,13 +51,13 @@ WAYS: list[Callable[[Any, Path], Any]] = [in_memory, through_torch_save, through
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [2, 3])  # in the middle of a period, and right before a refresh
 def test_resuming_is_bitwise_not_having_stopped(
     backend: str,
     way: Callable[[Any, Path], Any],
-    optimizer_class: type[GaLoreAdam],
+    optimizer_class: AnyOptimizer,
     dtype: torch.dtype,
     stop: int,
     tmp_path: Path,
@@ -97,9 +97,9 @@ def test_a_state_dict_is_tensors_and_plain_data(backend: str) -> None:
     assert optimizer.state_dict()["state"][0]["block_size"] == 256
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize(("saver", "loader"), [("reference", "cpu"), ("cpu", "reference")])
-def test_loads_across_backends(saver: str, loader: str, optimizer_class: type[GaLoreAdam]) -> None:
+def test_loads_across_backends(saver: str, loader: str, optimizer_class: AnyOptimizer) -> None:
     params = make_params()
     optimizer = optimizer_class(params.values(), **OPTIONS, backend=saver)
     train(optimizer, params, range(2))
@@ -113,10 +113,10 @@ def test_loads_across_backends(saver: str, loader: str, optimizer_class: type[Ga
         torch.testing.assert_close(loaded_params[name], param, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_loading_into_a_model_of_another_dtype_casts_nothing(
-    backend: str, optimizer_class: type[GaLoreAdam], dtype: torch.dtype
+    backend: str, optimizer_class: AnyOptimizer, dtype: torch.dtype
 ) -> None:
     # torch.optim casts every tensor but "step" to the weight's dtype: codes, absmax and the basis would be ruined.
     source = torch.float32 if dtype != torch.float32 else torch.bfloat16
@@ -162,10 +162,8 @@ def test_loading_copies(backend: str) -> None:
     assert_same_snapshot(snapshot(other, other_params), before)  # nor does the dict reach into the run
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-def test_loading_into_a_used_optimizer_leaves_nothing_of_its_past(
-    backend: str, optimizer_class: type[GaLoreAdam]
-) -> None:
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
+def test_loading_into_a_used_optimizer_leaves_nothing_of_its_past(backend: str, optimizer_class: AnyOptimizer) -> None:
     params = make_params()
     optimizer = optimizer_class(params.values(), **OPTIONS, backend=backend)
     train(optimizer, {name: params[name] for name in ("tall", "bias")}, [0])  # the others have no state yet

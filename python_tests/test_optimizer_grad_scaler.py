@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import OPTIMIZERS, OPTIONS, assert_same_snapshot, make_params, set_grads, snapshot, train
+from optimizer_cases import EVERY_OPTIMIZER, OPTIONS, assert_same_snapshot, make_params, set_grads, snapshot, train
 from torch import nn
 
 from galore_kernels import GaLoreFusedAdam8bit
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 SCALE = 2.0**7  # a power of two: scaling and unscaling are exact
 
@@ -28,10 +28,10 @@ def scaler_of(scale: float = SCALE) -> torch.amp.GradScaler:
     return scaler
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scaled_gradients_give_the_unscaled_run(
-    backend: str, optimizer_class: type[GaLoreAdam], dtype: torch.dtype
+    backend: str, optimizer_class: type[LowRankOptimizer], dtype: torch.dtype
 ) -> None:
     # float16 gradients are what GradScaler is for; torch's own unscale_ refuses them.
     options: dict[str, Any] = {**OPTIONS, "backend": backend}
@@ -115,7 +115,7 @@ def test_a_step_that_failed_under_a_scaler_is_not_unscaled_twice_by_the_retry(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(GaLoreAdam, "_apply", fails)
+        patch.setattr(LowRankOptimizer, "_apply", fails)
         with pytest.raises(MemoryError):
             scaler.step(optimizer)
     scaler.step(optimizer)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tolerances
 import torch
+from compat_cases import observed_projectors, with_positive_pivots
 from optimizer_cases import OPTIMIZERS, OPTIONS, SHAPES, clone_params, make_params, set_grads, snapshot, train
 from torch import Tensor, nn
 from update_cases import assert_same_bits
@@ -40,12 +40,6 @@ def run(optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: int) -> T
 def assert_parallel_runs(got: Tensor, expected: Tensor) -> None:
     difference = torch.linalg.vector_norm(got.double() - expected.double())
     assert float(difference / torch.linalg.vector_norm(expected.double())) <= tolerances.EXACT_BASES
-
-
-def with_positive_pivots(basis: Tensor) -> Tensor:
-    """The sign convention of ``refresh_basis``: the largest entry of each column is positive."""
-    pivots = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    return basis * pivots.sign()
 
 
 def galore_in_float64(weight: Tensor, steps: int, proj_type: str, options: dict[str, Any]) -> Tensor:
@@ -97,19 +91,8 @@ def test_equals_galore_in_float64_over_refreshes(backend: str, proj_type: str, s
     ],
 )
 def test_equals_galore_torch_over_refreshes(
-    backend: str, shape: tuple[int, int], proj_type: str, weight_decay: float, monkeypatch: pytest.MonkeyPatch
+    backend: str, shape: tuple[int, int], proj_type: str, weight_decay: float
 ) -> None:
-    projector = pytest.importorskip("galore_torch.galore_projector").GaLoreProjector
-    theirs_raw: Callable[..., Any] = projector.get_orthogonal_matrix
-
-    def theirs_signed(self: Any, weights: Tensor, rank: int, type: str) -> Any:  # noqa: A002  their name
-        # Moments carried over a refresh belong to the sign of their singular vector, which LAPACK chooses freely.
-        basis = theirs_raw(self, weights, rank, type)
-        if type == "full":
-            return [with_positive_pivots(basis[0]), with_positive_pivots(basis[1].T).T]
-        return with_positive_pivots(basis) if type == "left" else with_positive_pivots(basis.T).T
-
-    monkeypatch.setattr(projector, "get_orthogonal_matrix", theirs_signed)
     params = make_params({"w": shape})
     copied = clone_params(params)
     # A large eps: with "full", R is diagonal after a refresh but for rounding, which a small one turns into steps.
@@ -119,7 +102,9 @@ def test_equals_galore_torch_over_refreshes(
         [{"params": [copied["w"]], **group}], **common, no_deprecation_warning=True
     )
     ours = GaLoreFusedAdamW([{"params": [params["w"]], **group}], **common, refresh_method="svd", backend=backend)
-    expected = run(rival, copied["w"], 20)  # refreshed at 0, 7 and 14
+    # Moments carried over a refresh belong to the sign of their singular vector, which LAPACK chooses freely.
+    with observed_projectors():
+        expected = run(rival, copied["w"], 20)  # refreshed at 0, 7 and 14
     assert_parallel_runs(run(ours, params["w"], 20), expected)
 
 

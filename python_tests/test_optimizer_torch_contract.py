@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from optimizer_cases import (
+    EVERY_OPTIMIZER,
     OPTIMIZERS,
     OPTIONS,
     SHAPES,
@@ -27,12 +28,12 @@ from torch.optim import lr_scheduler
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
-Pair = tuple[GaLoreAdam, dict[str, nn.Parameter]]
+Pair = tuple[LowRankOptimizer, dict[str, nn.Parameter]]
 
 
-def pair(optimizer_class: type[GaLoreAdam] = GaLoreFusedAdam8bit, **options: Any) -> Pair:
+def pair(optimizer_class: type[LowRankOptimizer] = GaLoreFusedAdam8bit, **options: Any) -> Pair:
     """An optimizer of the standard parameters, and these."""
     params = make_params()
     return optimizer_class(params.values(), **{**OPTIONS, **options}), params
@@ -164,7 +165,7 @@ def test_maximize_is_descent_along_the_negated_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_another_dtype(backend: str, optimizer_class: type[GaLoreAdam], dtype: torch.dtype) -> None:
+def test_gradients_of_another_dtype(backend: str, optimizer_class: type[LowRankOptimizer], dtype: torch.dtype) -> None:
     optimizer, params = pair(optimizer_class, backend=backend)
     expected, expected_params = pair(optimizer_class, backend=backend)
     for _ in range(5):
@@ -231,11 +232,11 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", VIEWS)
 def test_a_strided_view_is_updated_in_place_and_its_neighbours_are_not(
-    backend: str, optimizer_class: type[GaLoreAdam], dtype: torch.dtype, kind: str
+    backend: str, optimizer_class: type[LowRankOptimizer], dtype: torch.dtype, kind: str
 ) -> None:
     buffer = torch.randn(310, 200).to(dtype)
     before = buffer.clone()
@@ -344,9 +345,9 @@ COPIES: dict[str, Callable[[Pair], Pair]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("kind", COPIES)
-def test_copies_continue_bitwise(backend: str, optimizer_class: type[GaLoreAdam], kind: str) -> None:
+def test_copies_continue_bitwise(backend: str, optimizer_class: type[LowRankOptimizer], kind: str) -> None:
     both = pair(optimizer_class, backend=backend, seed=5)
     train(*both, range(2))
     copied = COPIES[kind](both)
@@ -383,7 +384,7 @@ def test_options_may_be_set_later_in_the_groups() -> None:
 
 def test_adamw_and_adam8bit_differ_in_their_moments_alone(backend: str) -> None:
     results = {}
-    for optimizer_class in OPTIMIZERS:
+    for optimizer_class in EVERY_OPTIMIZER:
         optimizer, params = pair(optimizer_class, backend=backend)
         train(optimizer, params, range(4))
         results[optimizer_class] = params

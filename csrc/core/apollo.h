@@ -26,10 +26,10 @@ GK_HOST_DEVICE float gradient_factor(double direction_squares, double lowrank_sq
     return factor_of_norms(norm_of(direction_squares), norm_of(lowrank_squares));
 }
 
-// l, what the scaled gradient of this norm is divided by. limit: 0 for none. previous: the last step's norm, 0 if none
-// is known.
+// l, what the scaled gradient of this norm is divided by. limit: 0 for none. previous: the last step's norm; one as
+// small as kNormEps tells nothing.
 GK_HOST_DEVICE double growth_limiter(double norm, float previous, double limit) {
-    if (limit == 0.0 || previous == 0.0f) return 1.0;
+    if (limit == 0.0 || previous <= kNormEps) return 1.0;
     const double growth = norm / (static_cast<double>(previous) + 1e-8);
     return (growth > limit ? growth : limit) / limit;
 }

@@ -74,7 +74,7 @@ class LowRankOptimizer(OneByOne):
         for key in self._rule.own_keys:
             value = group.get(key, self.defaults[key])
             group[key] = tuple(value) if isinstance(value, list) else value
-        self._check_new_params(group["params"], where)
+        self._check_new_params(group, where)
         first = f' ("{_entry_name(group["params"][0])}")' if group["params"] and _entry_name(group["params"][0]) else ""
         check_group({**self.defaults, **group}, where + first, self._rule)
         if undecided({**self.defaults, **group}):
@@ -94,9 +94,9 @@ class LowRankOptimizer(OneByOne):
         if self._is_made:
             self._adopt()
 
-    def _check_new_params(self, entries: list[Any], where: str) -> None:
+    def _check_new_params(self, group: dict[str, Any], where: str) -> None:
         present = {id(param) for group in self.param_groups for param in group["params"]}
-        for position, entry in enumerate(entries):
+        for position, entry in enumerate(group["params"]):
             if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
                 raise TypeError(
                     f"{where}, parameter {position}: expected a tensor or a (name, tensor) pair, got a tuple of "
@@ -168,7 +168,7 @@ class LowRankOptimizer(OneByOne):
         lines = [f"{type(self).__name__} ({self._rule!r}, backend {self._backend_name()})"]
         for index, group in enumerate(self.param_groups):
             layouts = [self._layout(param, group) for param in group["params"] if param.requires_grad]
-            lines.append(f"  group {index}: {describe_group(group, layouts)}")
+            lines.append(f"  group {index}: {describe_group(group, layouts, self._rule)}")
         return "\n".join(lines)
 
     def _backend_name(self) -> str:

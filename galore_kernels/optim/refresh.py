@@ -14,7 +14,6 @@ from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.rules import Adam
 from galore_kernels.optim.state import adam_state, float_basis, refresh_record
 from galore_kernels.optim.update import Update, derived_seed
-from galore_kernels.quantizers import quantize_basis
 from galore_kernels.subspace import (
     Gradient,
     RefreshRecord,
@@ -42,10 +41,11 @@ def is_due(update: Update, state: Mapping[str, Any]) -> bool:
 
 def due_at(update: Update, state: Mapping[str, Any]) -> int:
     """The value of the parameter's step counter from which on its basis has to be found."""
-    return _schedule(update).due_at(refresh_record(state))
+    return schedule_of(update).due_at(refresh_record(state))
 
 
-def _schedule(update: Update) -> Schedule:
+def schedule_of(update: Update) -> Schedule:
+    """When the parameter's basis is found anew."""
     group, layout = update.group, update.layout
     chance = (layout.rank or 0) / layout.short
     return Schedule(group["refresh_schedule"], group["update_proj_gap"], update.phase, chance)
@@ -117,18 +117,15 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
     until there is a first basis, every step tries. ``backend``: for the moments.
     """
     group, record = update.group, refresh_record(state)
-    schedule = _schedule(update)
+    schedule = schedule_of(update)
     if not all(subspace.found for subspace in found.values()):
         again = schedule.planned(record, step)
         return {"next_refresh": again.next_refresh, "interval": again.interval} if record.refreshes else {}
     changed: Changes = {}
     if update.layout.draws:
-        changed["basis_seed"] = derived_seed(group["seed"], update.index, "basis", record.refreshes)
+        changed |= drawn(update, record.refreshes)
     for name, subspace in found.items():
-        if update.layout.basis_format is None:
-            changed[name] = subspace.basis.to(update.param.dtype)
-        else:
-            changed[name], changed["basis_scale"] = quantize_basis(subspace.basis, update.layout.basis_format)
+        changed |= update.layout.stored_basis(name, subspace.basis, update.param.dtype)
     overlap, moments = 0.0, group["moments_on_refresh"]
     reset = moments == "reset" and record.refreshes > 0
     if reset:
@@ -153,6 +150,11 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
     )
     planned = schedule.planned(record, 0, elapsed=counted - step) if reset else schedule.planned(record, step)
     return changed | asdict(planned)
+
+
+def drawn(update: Update, refreshes: int) -> Changes:
+    """The entry of the state that says which basis it has after so many others."""
+    return {"basis_seed": derived_seed(update.group["seed"], update.index, "basis", refreshes)}
 
 
 def _rotated(

@@ -50,7 +50,7 @@ def checked(
     """
     checksums = _check_header(state_dict, optimizer)
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    new_groups = _check_groups(saved_groups, groups, rule)
+    new_groups = merged_groups(saved_groups, groups, rule)
     indices = [index for group in saved_groups for index in group["params"]]
     belongs = len(set(indices)) == len(indices) and set(saved_state) <= set(indices)
     if not belongs or set(checksums) != set(saved_state):
@@ -98,12 +98,18 @@ def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any,
     return checksums
 
 
-def _check_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]], rule: Rule) -> list[dict[str, Any]]:
+def check_sizes(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless both are as many groups of as many parameters."""
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in current]:
         raise ValueError(
             f"state_dict: param groups of {[len(g['params']) for g in saved]} parameters, the optimizer has "
             f"{[len(g['params']) for g in current]}; build it with the same groups as when it was saved"
         )
+
+
+def merged_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]], rule: Rule) -> list[dict[str, Any]]:
+    """The groups that an optimizer with the ``current`` ones has after loading. Raises ValueError; changes nothing."""
+    check_sizes(saved, current)
     merged = []
     for index, (old, new) in enumerate(zip(saved, current, strict=True)):
         where = f"state_dict, param group {index}"

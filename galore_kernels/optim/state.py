@@ -14,7 +14,7 @@ from galore_kernels.nn import lowrank_gradient_of
 from galore_kernels.ops.adam import WEIGHT_DTYPES, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.options import AUTO, matrix_shape, projected_rank, side_of
-from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis
+from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis, quantize_basis
 from galore_kernels.subspace import RANK_MULTIPLE, RefreshRecord
 
 if TYPE_CHECKING:
@@ -105,6 +105,13 @@ class Layout:
             state.update(asdict(RefreshRecord()))
         return state
 
+    def stored_basis(self, name: str, basis: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The entries of the state that hold ``basis``, (S, r) float32; ``dtype``: the parameter's."""
+        if self.basis_format is None:
+            return {name: basis.to(dtype)}
+        codes, scale = quantize_basis(basis, self.basis_format)
+        return {name: codes, "basis_scale": scale}
+
 
 def adam_state(state: Mapping[str, Any]) -> AdamState:
     """The tensors that the update operations take."""
@@ -180,8 +187,9 @@ def _describe_ranks(group: Mapping[str, Any], ranks: list[int]) -> str:
     return f"ranks {chosen}, in {group['rank_budget']} bytes"
 
 
-def _describe_refresh(group: Mapping[str, Any]) -> str:
-    parts = [f"refreshed every {group['update_proj_gap']} steps", group["refresh_method"]]
+def _describe_refresh(group: Mapping[str, Any], rule: Rule) -> str:
+    parts = [f"refreshed every {group['update_proj_gap']} steps"]
+    parts.append("drawn" if rule.draws(group) else group["refresh_method"])
     if group["refresh_schedule"] != "periodic":
         parts.append(group["refresh_schedule"])
     parts += [name for key, name in (("warm_start", "warm"), ("async_refresh", "asynchronous")) if group[key]]
@@ -192,7 +200,7 @@ def _describe_refresh(group: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
+def describe_group(group: Mapping[str, Any], layouts: list[Layout], rule: Rule) -> str:
     """One line of what a group does, for the optimizer's repr."""
     ranks = sorted({layout.rank for layout in layouts if layout.rank is not None})
     projected = sum(layout.rank is not None for layout in layouts)
@@ -200,7 +208,7 @@ def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
     if projected:
         parts.append(
             f"{projected} projected to {_describe_ranks(group, ranks)} ({group['proj_type']}, scale "
-            f"{float(group['scale']):g}, {_describe_refresh(group)})"
+            f"{float(group['scale']):g}, {_describe_refresh(group, rule)})"
         )
     if projected < len(layouts):
         parts.append(f"{len(layouts) - projected} at full rank")

@@ -168,7 +168,7 @@ class SteppingOptimizer(UpdatingOptimizer):
     def find_first_basis(self, gradient: LowRankGradient, factors: Pairs) -> None:
         """Called by a prepared layer's first backward pass. See ``galore_kernels.nn.LowRankGradient``."""
         if not self._everything:
-            self._everything = {id(update.param): update for update in self._listed()}
+            self._everything = {id(update.param): update for update in self.listed()}
         update = self._everything[id(gradient.carrier)]
         together = factors_of(update, factors)
         if together is not None and self._has_first_basis(update, together):
@@ -194,7 +194,7 @@ class SteppingOptimizer(UpdatingOptimizer):
         for gradient in self._prepared:
             gradient.owner = weakref.ref(self)
         self._told = None, 0
-        updates = [update for update in self._listed() if update.factored is not None] if self._prepared else []
+        updates = [update for update in self.listed() if update.factored is not None] if self._prepared else []
         factored.tell_layers(updates, self.state, self._counters)
 
     @torch.no_grad()
@@ -252,7 +252,7 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def _collect(self, unscaling: Unscaling) -> list[Update]:
         self._check_groups()
-        updates = [u for u in self._listed() if u.param.grad is not None and u.param.numel() > 0]
+        updates = [u for u in self.listed() if u.param.grad is not None and u.param.numel() > 0]
         for update in updates:
             self._check(update)
         return self._with_chosen_ranks(updates, unscaling)
@@ -265,7 +265,7 @@ class SteppingOptimizer(UpdatingOptimizer):
         check_param(update.param, update.name)
         update.check(self.state.get(update.param))
 
-    def _listed(self) -> list[Update]:
+    def listed(self) -> list[Update]:
         """All parameters, unchecked."""
         everything = [(*entry, self._layout(*entry[2:])) for entry in self._named_params()]
         gradients = {id(gradient.carrier): gradient for gradient in self._prepared}

@@ -53,7 +53,7 @@ def subspace_report(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any
 
 def package_versions() -> dict[str, str]:
     """Version of every package that has a say in the result, ``"not installed"`` included."""
-    names = ("galore-kernels", "torch", "transformers", "numpy", "bitsandbytes", "galore-torch")
+    names = ("galore-kernels", "torch", "transformers", "numpy", "bitsandbytes", "galore-torch", "apollo-torch")
     return {name: _version(name) for name in names}
 
 
@@ -64,7 +64,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
+def _ours(class_name: str, **own: Any) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
     def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
         import galore_kernels
 
@@ -84,6 +84,7 @@ def _galore_fused(class_name: str) -> Callable[[torch.nn.Module, Config], torch.
             async_refresh=config.async_refresh,
             moments_on_refresh=config.moments_on_refresh,
             basis_format=config.basis_format,
+            **own,
         )
         optimizer_class = getattr(galore_kernels, class_name)
         optimizer: Any = optimizer_class(
@@ -130,7 +131,16 @@ def _galore_torch8bit(model: torch.nn.Module, config: Config) -> torch.optim.Opt
     return optimizer
 
 
-def _galore_torch_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+def _apollo_torch(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    optimizer_class = rivals.import_rival("apollo_torch", "apollo-torch").APOLLOAdamW
+    optimizer: torch.optim.Optimizer = optimizer_class(
+        _galore_torch_groups(model, config, proj="random", scale_type="channel"), lr=config.lr, betas=_BETAS,
+        eps=config.eps, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    return optimizer
+
+
+def _galore_torch_groups(model: torch.nn.Module, config: Config, **own: Any) -> list[dict[str, Any]]:
     projected = [
         module.weight
         for name, module in model.named_modules()
@@ -145,18 +155,23 @@ def _galore_torch_groups(model: torch.nn.Module, config: Config) -> list[dict[st
             "update_proj_gap": config.update_proj_gap,
             "scale": config.scale,
             "proj_type": config.proj_type,
+            **own,
         },
     ]
 
 
 _BUILDERS: dict[str, Callable[[torch.nn.Module, Config], torch.optim.Optimizer]] = {
-    "galore8bit": _galore_fused("GaLoreFusedAdam8bit"),
-    "galore": _galore_fused("GaLoreFusedAdamW"),
+    "galore8bit": _ours("GaLoreFusedAdam8bit"),
+    "galore": _ours("GaLoreFusedAdamW"),
+    "apollo8bit": _ours("APOLLOFusedAdam8bit"),
+    "apollo": _ours("APOLLOFusedAdamW"),
+    "apollo_mini": _ours("APOLLOFusedAdamW", scale_type="tensor"),
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "galore_torch": _galore_torch,
     "galore_torch8bit": _galore_torch8bit,
+    "apollo_torch": _apollo_torch,
 }
 
 # Their own state_dict would not survive a weights-only checkpoint, or would come back cast.
-_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit"))
+_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit", "apollo_torch"))

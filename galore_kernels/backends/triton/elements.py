@@ -6,6 +6,7 @@ subnormals), integers do the same on both: one code, one result.
 
 from __future__ import annotations
 
+import torch
 import triton
 from triton import language as tl
 
@@ -42,6 +43,7 @@ DECAY = tl.constexpr(7)
 SKIP = tl.constexpr(8)
 ARRIVED = tl.constexpr(9)
 STEP_NUMBER = tl.constexpr(10)
+EXACT_STEP_SIZE = tl.constexpr(12)
 CONTROL_WORDS = tl.constexpr(batch.CONTROL_WORDS)
 
 # Why a tensor is left alone. Bits, because projections of many programs set the first.
@@ -49,6 +51,7 @@ SKIP_GRADIENT = tl.constexpr(1)  # not representable; counted
 SKIP_FOUND_INF = tl.constexpr(2)  # the caller's, who counts it
 
 LARGEST_GRADIENT = tl.constexpr(_LARGEST)
+LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 BLOCK = tl.constexpr(BLOCK_SIZE)
 
 
@@ -105,11 +108,29 @@ def skip_flag(control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def flag_unless_representable(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
-    """Sets the skip flag if an element of x, of those that are there, is NaN or its square overflows."""
-    bad = there & ~(tl.abs(x) <= LARGEST_GRADIENT)
+def exact_step_size(control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
+    """Pointer to a control row's step size as a double."""
+    return (control + tensor.to(tl.int64) * CONTROL_WORDS + EXACT_STEP_SIZE).to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def flag_beyond(limit: tl.constexpr, x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """Sets the skip flag if an element of x, of those that are there, is NaN or larger than ``limit``."""
+    bad = there & ~(tl.abs(x) <= limit)
     if tl.max(bad.to(tl.int32), axis=None) != 0:
         tl.atomic_or(control + tensor.to(tl.int64) * CONTROL_WORDS + SKIP, SKIP_GRADIENT, sem="relaxed")
+
+
+@triton.jit
+def flag_unless_representable(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """The same if its square overflows."""
+    flag_beyond(LARGEST_GRADIENT, x, there, control, tensor)
+
+
+@triton.jit
+def flag_unless_finite(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """The same if it is infinite."""
+    flag_beyond(LARGEST_FLOAT, x, there, control, tensor)
 
 
 @triton.jit
