@@ -106,6 +106,22 @@ class Runner:
             backend=self.backend,
         )
 
+    def apollo_matrix(self, long: int, short: int, rank: int, side: str, dtype: torch.dtype) -> None:
+        """apollo_update with a drawn basis and a stored one, and a gradient that is to be skipped; random_basis."""
+        shape = (long, short) if side == "right" else (short, long)
+        param, grad, stored = (self.normal(size, dtype) for size in (shape, shape, (short, rank)))
+        state, norm = self.state((long, rank), eight_bit=True), torch.ones(()).to(self.device)
+        drawn, bad = ops.RandomBasis(rank, 7), torch.full(shape, torch.nan, dtype=dtype).to(self.device)
+        for g, basis, scaling in ((grad, drawn, "channel"), (grad, stored, "tensor"), (bad, drawn, "tensor")):
+            apollo = ops.ApolloOptions(scaling=scaling)
+            o = self.seeded(dtype)
+            ops.apollo_update(param, g, basis, state, norm, o, apollo, side=side, backend=self.backend)
+        codes, weight_scale = (x.to(self.device) for x in quantize_weight(torch.randn(shape)))
+        o, apollo = self.seeded(torch.bfloat16), ops.ApolloOptions()
+        where = {"side": side, "weight_scale": weight_scale, "backend": self.backend}
+        ops.apollo_update(codes, grad, drawn, state, norm, o, apollo, **where)  # type: ignore[arg-type]
+        ops.random_basis(short, drawn, device=self.device, backend=self.backend)
+
     def rotated(self, long: int, rank: int, new_rank: int, *, eight_bit: bool) -> None:
         """rotate_moments."""
         state, rotation = self.state((long, rank), eight_bit=eight_bit), self.normal((rank, new_rank), torch.float32)
@@ -161,6 +177,9 @@ def run(runner: Runner) -> Iterator[str]:
     for (long, short, rank), side, basis in itertools.product(SINGLE, ("right", "left"), (None, *BASIS_FORMATS)):
         runner.int8_matrix(long, short, rank, side, basis)
         yield f"galore_update {long} x {short} r={rank} {side} {basis or torch.bfloat16} basis, int8 weight"
+    for (long, short, rank), side, dtype in itertools.product(SINGLE, ("right", "left"), DTYPES):
+        runner.apollo_matrix(long, short, rank, side, dtype)
+        yield f"apollo_update {long} x {short} r={rank} {side} {dtype}"
     for (long, short, rank), eight_bit in itertools.product(SINGLE, (True, False)):
         runner.rotated(long, rank, short, eight_bit=eight_bit)
         yield f"rotate_moments {long} x {rank} to r={short}"

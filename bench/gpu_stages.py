@@ -23,6 +23,7 @@ ROOT = BENCH.parent
 TEST_FILES = (
     "test_galore_update.py",
     "test_galore_update_quantized.py",
+    "test_apollo_update.py",
     "test_rotate_moments.py",
     "test_adam8bit_update.py",
     "test_quantize_blockwise.py",
@@ -184,7 +185,7 @@ def sanitizer(place: Workplace, tool: str, seconds: float) -> Result:
 
 def verdict(ended: Ended) -> Result:
     """What a tool has said."""
-    cases = len(re.findall(r"^(?:galore_update|group|adam8bit_update)", ended.output, re.MULTILINE))
+    cases = len(re.findall(r"^(?:galore_update|apollo_update|group|adam8bit_update)", ended.output, re.MULTILINE))
     found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", ended.output)
     result: Result = {"status": "ok", "cases": cases, "summary": found.group(1) if found else ""}
     if "Device not supported" in ended.output:

@@ -179,7 +179,7 @@ def test_correctness_of_int8_weights() -> None:
 def test_the_sanitized_script_reaches_every_operation() -> None:
     with serving("cuda") as name:
         done = list(gpu_sanitize.run(gpu_sanitize.Runner(name, CPU)))
-    for operation in ("galore_update", "group", "adam8bit_update", "rotate_moments"):
+    for operation in ("galore_update", "apollo_update", "group", "adam8bit_update", "rotate_moments"):
         assert any(line.startswith(operation) for line in done)
     assert any("int8 weight" in line for line in done)
 

@@ -154,7 +154,7 @@ selftest.overrun(124, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_cuda_kernels.py", "test_cuda_int8_weight.py"])
+@pytest.mark.parametrize("name", ["test_cuda_kernels.py", "test_cuda_int8_weight.py", "test_cuda_apollo_update.py"])
 def test_the_kernels_run_clean_under_the_sanitizers(name: str) -> None:
     tests = Path(__file__).parent / name
     arguments = ["-q", "-x", "-c", str(simt.ROOT / "pyproject.toml"), "--rootdir", str(simt.ROOT), str(tests)]
