@@ -16,8 +16,9 @@ from problem import LR, SCALE, Problem
 from torch import Tensor
 
 from galore_kernels import _native, ops
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.cuda import CudaStages
-from galore_kernels.backends.pipeline import Batch, Pipeline
+from galore_kernels.backends.pipeline import Pipeline
 from galore_kernels.ops import registry
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
 from galore_kernels.quantizers import quantize_weight, weight_scale_shape

@@ -19,6 +19,7 @@ from rich.table import Table
 
 TILE = 128
 RANKS = (64, 128, 256, 512, 1024)
+APOLLO_RANKS = (1, 64, 128, 256, 512)
 
 #: Long and short dimension, matrices: all of Llama-7B's.
 SHAPES = ((4096, 4096, 128), (11008, 4096, 96))
@@ -29,7 +30,7 @@ class Card:
     """Rates of a card, in bytes or operations a second.
 
     ``memory`` and ``tensor`` are measured on the H200 (a large copy; a large bf16 product by torch), the vendor's for
-    the others. ``shared`` is 128 bytes a clock for each multiprocessor.
+    the others. ``shared`` is 128 bytes a clock for each multiprocessor, and the instructions of as many threads.
     """
 
     name: str
@@ -51,13 +52,14 @@ class Traffic:
 
     Attributes:
         memory: through device memory. cache: through the second-level cache, which is all of it and what is read again.
-        shared: read from and written to shared memory. operations: of the two products.
+        shared: read from and written to shared memory. operations: of the two products. instructions: of a thread.
     """
 
     memory: float
     cache: float
     shared: float
     operations: float
+    instructions: float = 0.0
 
 
 def moments_bytes(rank: int, short: int) -> float:
@@ -87,13 +89,63 @@ def four_launches(rank: int, long: int, short: int) -> Traffic:
     return Traffic(memory, memory + again, products + memory + again + staged, 4 * rank)
 
 
+def apollo(rank: int, long: int, short: int) -> tuple[Traffic, Traffic]:
+    """apollo_update: project, and what follows, which can't begin before. No basis passes through any memory.
+
+    The gradient is read twice, 8 bytes with the weight: how much of it is a step depends on a norm of the whole matrix
+    (the limiter, and with "tensor" scaling the factor). With neither, a panel of long indices would be on its own and
+    could keep its part of the gradient on chip, for 6 bytes: 128 rows of 4096 bf16 elements are 1 MB, which is a
+    cluster's shared memory, not a multiprocessor's. That is not written.
+
+    Drawing is counted from the compiled loop: 144 instructions for eight entries, of which the ten rounds of Philox are
+    some 90, once for each tile of 128 long rows. A warp's 32 look-ups in a table in shared memory meet some bank 3.5
+    times on average: 448 bytes' worth of time.
+    """
+    columns = -(-rank // 8) * 8
+    rank_tiles = -(-rank // TILE)
+    again = 2 * (rank_tiles - 1)  # of the gradient, for further columns of the basis
+    entries = columns / TILE  # drawn for each element
+    products = 2 * max(columns, 32) * 6 * 512 / (16 * 4096)  # a warp with any column works on 32
+    gradient = 2 * rank_tiles + 2 + 2  # written; read for its squares, and these sums
+    project = Traffic(
+        memory=2 + 4 * rank / short,
+        cache=2 + again + 4 * rank / short,
+        shared=products + gradient + (2 + 448 / 32) * entries + 8 * rank / short,
+        operations=2 * rank,
+        instructions=18 * entries + 8 * rank_tiles,  # the rest: products, squares, copies
+    )
+    # Adam reads R and writes U, in fp32; row_norms reads both.
+    rest = 2 + 2 + 2 + moments_bytes(rank, short) + 4 * 4 * rank / short
+    return project, Traffic(memory=rest, cache=rest, shared=0, operations=0, instructions=10)
+
+
+def apollo_row(card: Card, rank: int, long: int, short: int) -> dict[str, object]:
+    """The model of the two phases of apollo_update, one after the other; the limit is the projection's."""
+    phases = apollo(rank, long, short)
+    times = [seconds(phase, card) for phase in phases]
+    together = {key: sum(asdict(phase)[key] for phase in phases) for key in asdict(phases[0])}
+    roofline = max((8 + 4 * rank / short) / card.memory, times[0]["tensor"])
+    return {
+        **_shape(card, rank, long, short),
+        "path": "apollo",
+        **together,
+        "limit": max(times[0], key=lambda name: times[0][name]),
+        "at_most_of_roofline": roofline / sum(max(each.values()) for each in times),
+    }
+
+
 def seconds(traffic: Traffic, card: Card) -> dict[str, float]:
     """Time for an element by each of the limits; the largest bounds it from below."""
     return {
         "memory": traffic.memory / card.memory,
         "tensor": traffic.operations / card.tensor,
         "shared": traffic.shared / card.shared,
+        "instructions": traffic.instructions / card.shared,
     }
+
+
+def _shape(card: Card, rank: int, long: int, short: int) -> dict[str, object]:
+    return {"card": card.name, "rank": rank, "long": long, "short": short}
 
 
 def rows() -> list[dict[str, object]]:
@@ -109,16 +161,14 @@ def rows() -> list[dict[str, object]]:
                     roofline = max((6 + 4 * rank / short) / card.memory, times["tensor"])
                     found.append(
                         {
-                            "card": card.name,
-                            "rank": rank,
-                            "long": long,
-                            "short": short,
+                            **_shape(card, rank, long, short),
                             "path": path.__name__,
                             **asdict(traffic),
                             "limit": limit,
                             "at_most_of_roofline": roofline / times[limit],
                         }
                     )
+        found += [apollo_row(card, rank, *shape[:2]) for rank in APOLLO_RANKS for shape in SHAPES]
     return found
 
 

@@ -20,7 +20,15 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, galore_param_groups
+from galore_kernels import (
+    APOLLOFusedAdam8bit,
+    APOLLOFusedAdamW,
+    GaLoreFusedAdam8bit,
+    GaLoreFusedAdamW,
+    galore_param_groups,
+)
+from galore_kernels.plan import plan
+from galore_kernels.plan.shapes import MODELS as SHAPES
 from galore_kernels.pretrain.presets import PRESETS
 from galore_kernels.quantizers import BASIS_FORMATS
 
@@ -45,14 +53,14 @@ class Count:
 
 
 def meta_llama(name: str) -> nn.Module:
-    """The preset's model in bfloat16 on the meta device, embedding and output head untied as in the paper."""
-    preset = PRESETS[name]
+    """The model in bfloat16 on the meta device, embedding and output head untied as in the papers."""
+    shape = SHAPES[name]
     config = LlamaConfig(
-        vocab_size=preset.vocabulary,
-        hidden_size=preset.hidden,
-        intermediate_size=preset.intermediate,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
@@ -76,10 +84,61 @@ def counts(name: str) -> list[Count]:
     for basis_format in BASIS_FORMATS:
         optimizer = GaLoreFusedAdam8bit(galore_param_groups(model, rank=rank, basis_format=basis_format))
         found.append((f"GaLoreFusedAdam8bit, {basis_format} basis", rank, optimizer.state_bytes(), COUNTED))
+    for label, own_rank, apollo in apollos(model, rank):
+        found.append((label, own_rank, apollo.state_bytes(), COUNTED))
     return [
         Count(name, total, label, of_rank, size, 100 * (size / (4 * total) - 1), source)
         for label, of_rank, size, source in found
     ]
+
+
+def apollos(model: nn.Module, rank: int) -> list[tuple[str, int, APOLLOFusedAdamW | APOLLOFusedAdam8bit]]:
+    """APOLLO's optimizers of a model, with their names and ranks."""
+    return [
+        (f"{cls.__name__}{', Mini' if own == 1 else ''}", own, cls(galore_param_groups(model, rank=own)))
+        for own in (rank, 1)
+        for cls in (APOLLOFusedAdamW, APOLLOFusedAdam8bit)
+    ]
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What one of several data-parallel processes holds, in bytes: ``buckets`` are DDP's copies of all gradients."""
+
+    model: str
+    optimizer: str
+    weights: int
+    gradients: int
+    buckets: int
+    state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it, as at the end of a backward pass, but with the activations of its beginning."""
+        return self.weights + self.gradients + self.buckets + self.state + self.activations
+
+
+#: Tokens of a micro-batch of the papers: one sequence.
+TOKENS = 256
+CARD = 80 * 2**30
+
+
+def replicas(name: str) -> list[Replica]:
+    """A model in bfloat16 under DDP, which keeps a second copy of the gradients unless they are views of it."""
+    model = meta_llama(name)
+    size = sum(param.numel() * param.element_size() for param in model.parameters())
+    found = []
+    mini = [(label, optimizer) for label, rank, optimizer in apollos(model, 256)]
+    adamw = [("AdamW, bf16 moments", 2 * size)]
+    for label, state in [*adamw, *((label, optimizer.state_bytes()) for label, optimizer in mini)]:
+        # At its fullest when updates are layerwise, where few gradients are there: all that it saves for backward.
+        parts = plan(name, "apollo_mini", tokens=TOKENS, updates="layerwise", step="ordinary").parts
+        activations = parts["activations"] + parts["logits"]
+        for buckets in (size, 0):
+            kind = "DDP" if buckets else "DDP, gradient_as_bucket_view=True"
+            found.append(Replica(name, f"{label}; {kind}", size, size, buckets, state, activations))
+    return found
 
 
 def projected_counts(name: str) -> list[Count]:
@@ -94,6 +153,18 @@ def projected_counts(name: str) -> list[Count]:
         percent = 100 * (size / (4 * total) - 1)
         found.append(Count(f"{name}, projected matrices", total, label, rank, size, percent, COUNTED))
     return found
+
+
+def replica_table(found: list[Replica]) -> Table:
+    """One row each, in GiB, as cards are sold."""
+    table = Table(title=f"LLaMA-13B in bfloat16, {TOKENS} tokens, counted for a card of 80 GiB", title_justify="left")
+    table.add_column("optimizer")
+    for column in ("weights", "gradients", "buckets", "state", "activations", "total", "fits"):
+        table.add_column(column, justify="right")
+    for one in found:
+        parts = (one.weights, one.gradients, one.buckets, one.state, one.activations, one.total)
+        table.add_row(one.optimizer, *(f"{part / 2**30:.1f}" for part in parts), "yes" if one.total < CARD else "no")
+    return table
 
 
 def main(arguments: list[str]) -> int:
@@ -121,12 +192,17 @@ def main(arguments: list[str]) -> int:
         table.add_row("7b", f"paper: {label}", "1024", "", "", f"{percent:+.1f} %", style="cyan")
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
+    under_ddp = replicas("13b")
+    console.print(replica_table(under_ddp))
     if options.out is not None:
         data = {
             "format": 1,
             "baseline": "AdamW with bf16 moments: 4 bytes per parameter",
             "paper_percent_7b_rank_1024": PAPER_PERCENT,
             "counts": [asdict(count) for count in found],
+            "ddp_13b": [{**asdict(replica), "total": replica.total} for replica in under_ddp],
+            "ddp_card_bytes": CARD,
+            "ddp_tokens": TOKENS,
         }
         write_json(options.out, data)
         console.print(f"wrote {options.out}")

@@ -41,7 +41,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdam8bit
-from galore_kernels.backends.pipeline import Batch, Pipeline
+from galore_kernels.backends.batch import Batch
+from galore_kernels.backends.pipeline import Pipeline
 from galore_kernels.ops import registry
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup

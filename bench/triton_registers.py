@@ -27,19 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton_cases import Case, call, cases
 
-from galore_kernels.backends.pipeline import CONTROL_WORDS, Batch
 from galore_kernels.backends.triton import configuration
-from galore_kernels.backends.triton.stages import TritonStages
-from galore_kernels.ops import AdamOptions, AdamState
 
 #: Shared memory that one program may take, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY_LIMITS = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CODES = (torch.int8, torch.uint8)
-_NAMES = dict(zip((*_DTYPES, *_CODES), ("fp32", "bf16", "fp16", "int8", "int4"), strict=True))
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -70,171 +63,6 @@ class KernelResources:
         if self.shared_bytes > limit:
             found.append(f"{self.shared_bytes} bytes of shared memory, of {limit}")
         return [f"{self.architecture} {self.case} {self.kernel}: {fault}" for fault in found]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of a stage."""
-
-    stage: str
-    batch: Batch
-
-    @property
-    def name(self) -> str:
-        """The stage and what sets this call apart."""
-        batch = self.batch
-        dtypes = "/".join(_NAMES[d] for d in (batch.weight_dtype, batch.grad_dtype, batch.basis_dtype))
-        marks = [f"r{batch.rank} {batch.side}"] if batch.rank else []
-        marks += [mark for mark in ("eight_bit", "stochastic") if getattr(batch, mark)]
-        marks += [] if batch.aligned else ["unaligned"]
-        return " ".join([self.stage, dtypes, *marks])
-
-
-def _batch(
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    rank: int = 0,
-    side: str = "right",
-    *,
-    eight_bit: bool = True,
-    stochastic: bool = False,
-    aligned: bool = True,
-) -> Batch:
-    extent = 4096 if aligned else 4095
-    shape = (extent, extent) if rank else (extent * extent, 1)
-    weight, grad, basis = dtypes
-    return Batch(
-        addresses=((16,) * 10,),
-        gradients=(16,),
-        table=None,
-        shape=shape,
-        rank=rank,
-        side=side,
-        moments=extent * (rank or extent),
-        weight_dtype=weight,
-        grad_dtype=grad,
-        basis_dtype=basis,
-        eight_bit=eight_bit,
-        stochastic=stochastic,
-        fixed_aligned=aligned,
-        aligned=aligned,
-        device=_CPU,
-    )
-
-
-def _product_cases(architecture: str, stage: str, quick: bool) -> Iterator[Case]:
-    fp32, bf16, fp16 = _DTYPES
-    mixed = (bf16, bf16, fp32) if stage == "project" else (bf16, bf16, bf16)
-    for bits, dtypes in ((16, (bf16, bf16, bf16)), (32, (fp32, fp32, fp32))):
-        limits = configuration.limits(architecture, stage, bits)
-        for rank in limits[-1:] if quick else limits:
-            for side in ("right", "left"):
-                yield Case(stage, _batch(dtypes, rank, side))
-    if quick:
-        yield Case(stage, _batch((bf16, bf16, bf16), 127, aligned=False, stochastic=stage == "back_project_update"))
-        return
-    for side in ("right", "left"):
-        yield Case(stage, _batch(mixed, 128, side, stochastic=stage == "back_project_update"))
-        yield Case(stage, _batch((fp16, fp16, fp16), 128, side))
-        for dtypes in ((bf16, bf16, bf16), (fp32, fp32, fp32)):
-            yield Case(stage, _batch(dtypes, 127, side, aligned=False))
-    if stage == "back_project_update":
-        yield Case(stage, _batch((fp32, bf16, bf16), 128))  # a master weight
-        for basis in (bf16, fp32):
-            yield Case(stage, _batch((bf16, bf16, basis), 128, stochastic=True))
-            yield Case(stage, _batch((bf16, bf16, basis), 127, stochastic=True, aligned=False))
-
-
-def _quantized_cases(architecture: str, stage: str, quick: bool) -> Iterator[Case]:
-    """Products with the codes of a basis, which stand beside operands of either size."""
-    fp32, bf16, _ = _DTYPES
-    for codes in _CODES:
-        for bits, dtype in ((16, bf16), (32, fp32)):
-            limits = [r for r in configuration.limits(architecture, stage, bits) if codes == torch.int8 or r > 16]
-            for side in ("right", "left"):
-                for rank in limits[-1:] if quick else limits:  # at 16 rows of packed codes are not aligned
-                    yield Case(stage, _batch((dtype, dtype, codes), rank, side))
-                if not quick:
-                    yield Case(stage, _batch((dtype, dtype, codes), 127, side, aligned=False))
-        if stage == "back_project_update" and not quick:
-            yield Case(stage, _batch((bf16, bf16, codes), 128, stochastic=True))
-            yield Case(stage, _batch((bf16, bf16, codes), 127, stochastic=True, aligned=False))
-
-
-def _int8_weight_cases(architecture: str, quick: bool) -> Iterator[Case]:
-    """Back-projections into int8 weights, whose gradients play no part in them."""
-    fp32, bf16, fp16 = _DTYPES
-
-    def case(basis: torch.dtype, rank: int, side: str = "right", *, aligned: bool = True) -> Case:
-        return Case(
-            "back_project_update", _batch((torch.int8, bf16, basis), rank, side, stochastic=True, aligned=aligned)
-        )
-
-    for bits, bases in ((16, (bf16, *_CODES)), (32, (fp32,))):
-        limits = configuration.limits(architecture, "back_project_update_int8", bits)
-        for basis in bases:
-            for rank in limits[-1:] if quick else limits:
-                for side in ("right",) if quick else ("right", "left"):
-                    if basis != torch.uint8 or rank > 16:
-                        yield case(basis, rank, side)
-            if not quick or basis == bf16:
-                yield case(basis, 127, aligned=False)
-    if not quick:
-        yield case(fp16, 128)
-
-
-def cases(architecture: str, *, quick: bool = False) -> Iterator[Case]:
-    """The calls whose kernels are compiled: every tile of the table, or the largest of each stage and dtype."""
-    fp32, bf16, fp16 = _DTYPES
-    for stage in ("project", "back_project_update"):
-        yield from _product_cases(architecture, stage, quick)
-        yield from _quantized_cases(architecture, stage, quick)
-    yield from _int8_weight_cases(architecture, quick)
-    for stage in ("prepare", "scale_and_check", "lowrank_adam", "quantize_blockwise", "dequantize_blockwise"):
-        yield Case(stage, _batch((bf16, bf16, bf16), 128))
-    yield Case("lowrank_adam", _batch((bf16, bf16, torch.int8), 128))
-    yield Case("adam_update", _batch((bf16, bf16, fp32), stochastic=True))
-    for eight_bit in (True, False):
-        for rank in (128, 127):
-            yield Case("rotate_moments", _batch((bf16, bf16, bf16), rank, eight_bit=eight_bit))
-    if quick:
-        return
-    for aligned in (True, False):
-        for eight_bit in (True, False):
-            for basis in (fp32, torch.int8):
-                yield Case("lowrank_adam", _batch((fp32, fp32, basis), 127, eight_bit=eight_bit, aligned=aligned))
-            for dtype in (fp32, bf16, fp16):
-                yield Case("adam_update", _batch((dtype, dtype, fp32), eight_bit=eight_bit, aligned=aligned))
-        yield Case("quantize_blockwise", _batch((fp32, fp32, fp32), aligned=aligned))
-
-
-def _call(case: Case) -> None:
-    stages, batch = TritonStages(), case.batch
-    control = torch.empty((1, CONTROL_WORDS), dtype=torch.int32)
-    # Of the tensors that kernels get, dtypes count, and addresses as multiples of 16; these are allocated to 64.
-    lowrank = torch.empty((1, batch.moments), dtype=torch.float32)
-    direction = torch.empty((1, batch.moments), dtype=batch.factor_dtype)
-    if case.stage == "prepare":
-        one = torch.ones(())
-        options = AdamOptions(one, grad_scale=one.double(), found_inf=one)
-        stages.prepare(batch, control, options, 0.25)
-    elif case.stage == "project":
-        for partial in (None, torch.empty((4, *lowrank.shape))):
-            stages.project(batch, control, lowrank, partial, final=True)
-    elif case.stage == "scale_and_check":
-        stages.scale_and_check(direction, control, lowrank)
-    elif case.stage == "lowrank_adam":
-        stages.lowrank_adam(batch, control, lowrank, direction)
-    elif case.stage == "back_project_update":
-        stages.back_project_update(batch, control, direction)
-    elif case.stage == "adam_update":
-        stages.adam_update(batch, control)
-    elif case.stage == "rotate_moments":
-        source, target = (AdamState.zeros((64, batch.rank), eight_bit=batch.eight_bit) for _ in range(2))
-        stages.rotate_moments(source, target, torch.empty((batch.rank, batch.rank)), 0.9, 0.999)
-    elif case.stage == "quantize_blockwise":
-        stages.quantize_blockwise(direction, signed=True)
-    else:
-        stages.dequantize_blockwise(direction.to(torch.uint8), lowrank, signed=False)
 
 
 class _NoDevice:
@@ -318,7 +146,7 @@ def report(architecture: str, *, quick: bool = False) -> Iterator[KernelResource
     """The resources of each different kernel that ``cases`` launch, as they are compiled."""
     with _compiling_only(architecture) as launched:
         for case in cases(architecture, quick=quick):
-            _call(case)
+            call(case)
             yield from (_resources(architecture, case, kernel, log) for kernel, log in launched if log)
             launched.clear()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from update_cases import assert_same_bits, assert_same_state, f64, moments, options, oracle_scalars, tensors, warm_state
 
-from galore_kernels.backends.pipeline import Batch, make_batch, with_gradients
+from galore_kernels.backends.batch import Batch, make_batch, with_gradients
 from galore_kernels.ops import AdamOptions, AdamState, galore_update, registry
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.quantizers import dequantize_basis, quantize_basis

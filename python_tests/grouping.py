@@ -12,13 +12,13 @@ import torch
 from optimizer_cases import OPTIONS, assert_same_snapshot, clone_params, make_params, set_grads, snapshot
 from torch import Tensor, nn
 
-from galore_kernels import GaLoreFusedAdam8bit
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit
 from galore_kernels.ops import registry
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
 from galore_kernels.ops.registry import Backend
 from galore_kernels.optim import multi_tensor, skip_monitor
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 Params = dict[str, nn.Parameter]
 
@@ -84,6 +84,9 @@ class Grouping:
                     own = replace(options, rounding_seed=seeds[i])
                     if group.operation == "adam8bit_update":
                         kernel(param, grad, state, own)
+                    elif group.operation == "apollo_update":
+                        norm = group.scaled_norms[i]
+                        kernel(param, grad, group.bases[i], state, norm, own, group.apollo, group.side)
                     else:
                         basis_scale = group.basis_scales[i] if group.basis_scales else None
                         kernel(param, grad, group.bases[i], None, basis_scale, state, own, group.side, group.scale)
@@ -131,14 +134,16 @@ def take_for_device(grouping: Grouping, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(skip_monitor, "to_host", to_host)
 
 
-Make = Callable[[Params, str], GaLoreAdam]
+Make = Callable[[Params, str], LowRankOptimizer]
 
 
-def plain(params: Params, backend: str, optimizer_class: type[GaLoreAdam] = GaLoreFusedAdam8bit) -> GaLoreAdam:
+def plain(
+    params: Params, backend: str, optimizer_class: type[LowRankOptimizer] = GaLoreFusedAdam8bit
+) -> LowRankOptimizer:
     return optimizer_class(list(params.items()), **OPTIONS, backend=backend)
 
 
-def mixed(params: Params, backend: str) -> GaLoreAdam:
+def mixed(params: Params, backend: str) -> LowRankOptimizer:
     """Three groups that differ in everything, and tensors that can't be grouped between those that can."""
     own: list[dict[str, Any]] = [
         {"rank": 8, "update_proj_gap": 4, "betas": (0.5, 0.9)},
@@ -150,24 +155,35 @@ def mixed(params: Params, backend: str) -> GaLoreAdam:
     return GaLoreFusedAdam8bit(groups, **options, backend=backend)
 
 
-def pair(make: Make = plain, dtype: torch.dtype = torch.float32) -> tuple[tuple[GaLoreAdam, Params], ...]:
+def apollo(params: Params, backend: str) -> LowRankOptimizer:
+    """Drawn bases and found ones, both scalings."""
+    own: list[dict[str, Any]] = [
+        {"rank": 8, "update_proj_gap": 4, "refresh_schedule": "staggered"},
+        {"rank": 6, "scale_type": "tensor", "scale": 16.0, "proj": "rademacher", "maximize": True},
+        {"rank": 4, "proj": "svd", "scale_front": True, "norm_growth_limit": None},
+    ]
+    groups = [{"params": [p for n, p in params.items() if int(n[-1]) // 2 == i], **own[i]} for i in range(3)]
+    return APOLLOFusedAdam8bit(groups, **{**OPTIONS, "stochastic_rounding": True, "project_nd": True}, backend=backend)
+
+
+def pair(make: Make = plain, dtype: torch.dtype = torch.float32) -> tuple[tuple[LowRankOptimizer, Params], ...]:
     """Grouped, and one tensor at a time: from the same weights."""
     shapes: dict[str, tuple[int, ...]] = SHAPES
-    if make is mixed:
+    if make in (mixed, apollo):
         shapes = {f"{kind}{i}": shape for i in range(5) for kind, shape in {**KINDS, "conv": (20, 3, 3, 3)}.items()}
     params = make_params(shapes, dtype)
     alone = clone_params(params)
-    if make is mixed:
+    if make in (mixed, apollo):
         for some in (params, alone):
             some["tall1"].data = torch.zeros(20, 300, dtype=dtype).T.copy_(some["tall1"].data)
     return (make(params, "cuda"), params), (make(alone, "reference"), alone)
 
 
-def compare(both: tuple[tuple[GaLoreAdam, Params], ...]) -> None:
+def compare(both: tuple[tuple[LowRankOptimizer, Params], ...]) -> None:
     assert_same_snapshot(snapshot(*both[0]), snapshot(*both[1]))
 
 
-def steps(both: Sequence[tuple[GaLoreAdam, Params]], numbers: range) -> None:
+def steps(both: Sequence[tuple[LowRankOptimizer, Params]], numbers: range) -> None:
     """Steps with new gradients and learning rates each; in some, some have none or one of another layout."""
     for step in numbers:
         for optimizer, params in both:

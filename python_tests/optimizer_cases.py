@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from update_cases import assert_same_bits
 
-from galore_kernels import GaLoreFusedAdafactor, GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdafactor, GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.galore import GaLoreAdam
 
@@ -22,13 +22,15 @@ class AdafactorAtALearningRate(GaLoreFusedAdafactor):
         super().__init__(params, lr, **options)
 
 
+#: Those with every option of a subspace.
 OPTIMIZERS: list[type[GaLoreAdam]] = [GaLoreFusedAdam8bit, GaLoreFusedAdamW]
 
 #: Called as the public optimizers are.
 OptimizerClass = Callable[..., LowRankOptimizer]
 
-#: One of each kind of state.
-EVERY_STATE: list[OptimizerClass] = [*OPTIMIZERS, AdafactorAtALearningRate]
+#: One of each kind of state that a projected gradient is enough for; of each kind of state.
+OF_PROJECTIONS: list[OptimizerClass] = [*OPTIMIZERS, AdafactorAtALearningRate]
+EVERY_OPTIMIZER: list[OptimizerClass] = [*OF_PROJECTIONS, APOLLOFusedAdam8bit]
 
 
 def taken(optimizer_class: OptimizerClass, options: Mapping[str, Any]) -> dict[str, Any]:

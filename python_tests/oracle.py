@@ -113,7 +113,7 @@ def apollo(
     oriented = (g if side == "right" else g.T) / a.grad_scale * (-1.0 if a.maximize else 1.0)
     scaled = factors * oriented * (np.sqrt(o.scale) if o.scale_front else 1.0)
     size = float(np.sqrt((scaled**2).sum()))
-    if o.limit and norm:
+    if o.limit and norm > 1e-8:
         allowed = max(size / (norm + 1e-8), o.limit) / o.limit
         scaled, size = scaled / allowed, size / allowed
     scaled = scaled * correction * (1.0 if o.scale_front else np.sqrt(o.scale))

@@ -11,6 +11,7 @@ import pytest
 import tolerances
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from update_cases import (
     HYPERPARAMETERS,
     assert_close,
@@ -22,6 +23,7 @@ from update_cases import (
     moments,
     options,
     oracle_scalars,
+    tensors,
     warm_state,
 )
 
@@ -198,6 +200,25 @@ def test_the_families_differ() -> None:
     assert magnitudes("gaussian").square().mean() == pytest.approx(1.0, abs=1e-4)
 
 
+def test_opcheck_accepts_the_random_basis(backend: str) -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    arguments = {"seed": 3, "family": "gaussian", "backend": backend}
+    opcheck(torch.ops.galore_kernels.random_basis.default, (like, 12, 3), arguments)
+
+
+@pytest.mark.parametrize("basis", ["gaussian", "given"])
+def test_opcheck_accepts_the_update(backend: str, basis: str) -> None:
+    p = make_problem(12, 40, 3, "right", basis=basis, eight_bit=True)
+    drawn = p.basis if isinstance(p.basis, RandomBasis) else None
+    given = p.basis if isinstance(p.basis, Tensor) else None
+    scalars = {name: getattr(p.options, name) for name in AdamOptions.__dataclass_fields__}
+    positional = (p.param, p.grad, given, *tensors(p.state).values(), scalars.pop("lr"), p.scaled_norm)
+    options = {name: getattr(p.apollo, name) for name in ApolloOptions.__dataclass_fields__}
+    options |= {"rank": drawn.rank if drawn else 0, "basis_seed": drawn and drawn.seed}
+    options |= {"basis_family": drawn.family if drawn else "", "side": "right", "backend": backend}
+    opcheck(torch.ops.galore_kernels.apollo_update.default, positional, {**options, **scalars})
+
+
 # --- against float64
 
 
@@ -223,11 +244,8 @@ def test_every_hyperparameter_follows_the_paper(backend: str, side: str, case: s
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("side", SIDES)
 def test_every_option_follows_the_paper(backend: str, side: str, name: str) -> None:
-    for norm, family in [
-        (0.0, "gaussian"),
-        (0.5, "rademacher"),
-        (1e6, "gaussian"),
-    ]:  # unknown, limiting, without effect
+    # Unknown; as good as; limiting; without effect.
+    for norm, family in [(0.0, "gaussian"), (1e-9, "gaussian"), (0.5, "rademacher"), (1e6, "gaussian")]:
         p = make_problem(37, 53, 5, side, apollo=OPTIONS[name], norm=norm, basis=family, weight_decay=0.1)
         check_against_float64(p, backend, f"norm {norm}")
 
@@ -366,6 +384,14 @@ def test_a_gradient_that_is_not_representable_changes_nothing(backend: str, valu
         assert_same_bits(got.scaled_norm, p.scaled_norm, "scaled_norm")
         assert got.state.skipped.item() == 1
         assert_same_state(replace(got.state, skipped=p.state.skipped), p.state)
+
+
+def test_gradients_of_extreme_size(backend: str) -> None:
+    for factor in (1e-15, 1e15):  # norms that count as unknown; as large as a sum of squares may become
+        p = make_problem(37, 53, 5, "left", norm=0.0)
+        p.state = AdamState.zeros(tuple(p.state.exp_avg.shape), eight_bit=False)
+        p.grad *= factor
+        check_against_float64(p, backend, f"times {factor}")
 
 
 def test_found_inf_changes_nothing_at_all(backend: str) -> None:

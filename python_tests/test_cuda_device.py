@@ -33,8 +33,9 @@ from update_cases import (
 )
 
 from galore_kernels import GaLoreFusedAdam8bit, _native, backend_info
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.cuda import CudaStages
-from galore_kernels.backends.pipeline import Batch, Pipeline
+from galore_kernels.backends.pipeline import Pipeline
 from galore_kernels.ops import AdamState, adam8bit_update, registry, rotate_moments
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.quantizers import BASIS_FORMATS, BLOCK_SIZE

@@ -17,7 +17,7 @@ from torch import Tensor
 from update_cases import assert_same_bits, assert_same_state, clone, f64, options, warm_state
 
 from galore_kernels.backends import pipeline as pipeline_module
-from galore_kernels.backends.pipeline import DTYPE_CODES, TABLE_COLUMNS
+from galore_kernels.backends.batch import DTYPE_CODES, TABLE_COLUMNS
 from galore_kernels.ops import AdamOptions, AdamState, galore_update, registry
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.quantizers import (
@@ -286,7 +286,7 @@ def test_a_group_is_its_matrices(
 def native_batch() -> Callable[..., Any]:
     def build(weight_dtype: int = DTYPE_CODES[torch.int8], weight_scale: int = 4096, stochastic: bool = True) -> Any:
         row = (0,) * 7 + (weight_scale,) + (0,) * (TABLE_COLUMNS - 8)
-        return simt.load().CudaBatch(0, row, 1, 4, 4, 4, 1, 0, weight_dtype, 1, 1, True, stochastic, False)
+        return simt.load().CudaBatch(0, row, 1, 4, 4, 4, 1, 0, weight_dtype, 1, 1, 0, True, stochastic, False)
 
     return build
 

@@ -19,8 +19,9 @@ from update_cases import assert_almost_same, assert_same_bits, assert_same_state
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
 from galore_kernels.backends import pipeline as pipeline_module
+from galore_kernels.backends.batch import Batch, make_batch, new_control, with_gradients
 from galore_kernels.backends.cuda import CudaStages, make_backend
-from galore_kernels.backends.pipeline import Pipeline, make_batch, with_gradients
+from galore_kernels.backends.pipeline import Pipeline
 from galore_kernels.ops import AdamState, registry
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.optim.state import adam_state
@@ -61,7 +62,7 @@ def group_of(problems: list[Problem], seeds: tuple[int, ...] | None = None) -> U
     )
 
 
-def batch_of(problems: list[Problem]) -> pipeline_module.Batch:
+def batch_of(problems: list[Problem]) -> Batch:
     return with_gradients(make_batch(group_of(problems)), [p.grad for p in problems])
 
 
@@ -81,7 +82,7 @@ def solved(pipeline: Pipeline, p: Problem) -> tuple[Tensor, AdamState]:
 
 def in_four_launches(p: Problem) -> tuple[Tensor, AdamState]:
     class Stages(CudaStages):
-        def in_one_pass(self, batch: pipeline_module.Batch) -> bool:
+        def in_one_pass(self, batch: Batch) -> bool:
             return False
 
     return solved(Pipeline(Stages(simt.load(), "cpu")), p)
@@ -273,7 +274,7 @@ def test_the_memory_of_split_sums_is_there_before_anything_changes(
     assert splits(pipeline, problems[:8]) == 1
     assert splits(pipeline, problems[:1]) > 1
 
-    def no_memory(pipeline: Pipeline, batch: pipeline_module.Batch) -> None:
+    def no_memory(pipeline: Pipeline, batch: Batch) -> None:
         if batch.count == 1:
             raise MemoryError
 
@@ -294,7 +295,7 @@ def test_float32_products_stay_accurate_in_long_sums(pipeline: Pipeline, side: s
     p.basis.abs_()
     group = group_of([p])  # a batch knows addresses only
     batch = with_gradients(make_batch(group), [p.grad])
-    control = pipeline_module.new_control(batch)
+    control = new_control(batch)
     lowrank = torch.empty((1, 40 * 8))
     pipeline.stages.prepare(batch, control, p.options, 1.0)
     pipeline.stages.project(batch, control, lowrank, None, final=False)

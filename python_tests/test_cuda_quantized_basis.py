@@ -26,8 +26,9 @@ from update_cases import (
 )
 
 from galore_kernels.backends import pipeline as pipeline_module
+from galore_kernels.backends.batch import Batch, make_batch, with_gradients
 from galore_kernels.backends.cuda import CudaStages
-from galore_kernels.backends.pipeline import Pipeline, make_batch, with_gradients
+from galore_kernels.backends.pipeline import Pipeline
 from galore_kernels.ops import AdamOptions, AdamState, galore_update, lowrank_update
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.quantizers import BASIS_FORMATS, basis_codes
@@ -135,7 +136,7 @@ def group_of(cases: list[Quantized], seeds: tuple[int, ...] | None = None) -> Up
     )
 
 
-def tabled(pipeline: Pipeline, cases: list[Quantized]) -> pipeline_module.Batch:
+def tabled(pipeline: Pipeline, cases: list[Quantized]) -> Batch:
     return pipeline.tabled(with_gradients(make_batch(group_of(cases)), [x.grad for x in cases]))
 
 
@@ -239,7 +240,7 @@ def test_one_pass_equals_four_launches_to_the_bit(
     pipeline: Pipeline, shape: tuple[int, int, int], side: str, basis_format: str
 ) -> None:
     class Stages(CudaStages):
-        def in_one_pass(self, batch: pipeline_module.Batch) -> bool:
+        def in_one_pass(self, batch: Batch) -> bool:
             return False
 
     four_launches = Pipeline(Stages(simt.load(), "cpu"))

@@ -20,6 +20,7 @@ from galore_kernels.quantizers import BASIS_FORMATS, quantize_basis
 
 NAMESPACE = torch.ops.galore_kernels
 UPDATES = ["adam8bit_update", "galore_update", "lowrank_update"]
+ADAFACTOR = ["adafactor_update", "galore_adafactor_update", "lowrank_adafactor_update"]
 ROWS, COLS, RANK, LONG_RANK = 12, 40, 3, 4
 
 
@@ -274,8 +275,9 @@ def test_every_backend_is_there_or_says_why_not() -> None:
     assert info["cuda"]["available"] == (torch.cuda.is_available() and bool(_native.build_info()["cuda_archs"]))
     for name, facts in info.items():
         if facts["available"]:
-            others = ["dequantize_blockwise", "quantize_blockwise", "rotate_moments"]
-            assert facts["operations"] == sorted([*UPDATES, *others]), name
+            others = ["apollo_update", "dequantize_blockwise", "quantize_blockwise", "random_basis", "rotate_moments"]
+            on_the_host = ADAFACTOR if name in ("cpu", "reference") else []
+            assert facts["operations"] == sorted([*UPDATES, *others, *on_the_host]), name
         else:
             assert facts["reason"], name
 
@@ -289,8 +291,8 @@ def test_a_backend_that_cannot_serve_a_call_says_why() -> None:
         registry.select("galore_update", "cpu", torch.device("meta"))
     with pytest.raises(RuntimeError, match=r"cpu: .*reference: a meta tensor has no data"):
         registry.select("galore_update", "auto", torch.device("meta"))
-    with pytest.raises(RuntimeError, match="does not implement apollo_update"):
-        registry.select("apollo_update", "reference", torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="does not implement muon_update"):
+        registry.select("muon_update", "reference", torch.device("cpu"))
 
 
 def test_backends_have_the_names_that_auto_asks_for() -> None:

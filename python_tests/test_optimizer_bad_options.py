@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 #: option, bad value, what the error says of the remedy
 BAD_OPTIONS: list[tuple[str, Any, str]] = [
@@ -61,7 +61,7 @@ IDS = [f"{key}={value}" for key, value, _ in BAD_OPTIONS]
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize(("key", "value", "remedy"), BAD_OPTIONS, ids=IDS)
-def test_a_bad_option(optimizer_class: type[GaLoreAdam], key: str, value: Any, remedy: str) -> None:
+def test_a_bad_option(optimizer_class: type[LowRankOptimizer], key: str, value: Any, remedy: str) -> None:
     with pytest.raises(ValueError, match=rf"{key}=.*{optimizer_class.__name__}.*{remedy}"):
         optimizer_class([nn.Parameter(torch.zeros(3, 4))], **{key: value})
 

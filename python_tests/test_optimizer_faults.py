@@ -13,9 +13,11 @@ import pytest
 import torch
 from failing_allocations import FailingAllocations, watch_operations
 from optimizer_cases import (
+    EVERY_OPTIMIZER,
     OPTIMIZERS,
     OPTIONS,
     SHAPES,
+    OptimizerClass,
     assert_same_snapshot,
     differing_keys,
     make_params,
@@ -26,19 +28,19 @@ from optimizer_cases import (
 from torch import Tensor, nn
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 Params = dict[str, nn.Parameter]
-Pair = tuple[GaLoreAdam, Params]
+Pair = tuple[LowRankOptimizer, Params]
 
 
-def plain(backend: str, optimizer_class: type[GaLoreAdam]) -> Pair:
+def plain(backend: str, optimizer_class: OptimizerClass) -> Pair:
     """Every kind of state, small: 260 x 16 moments are 8-bit, 30 x 16 ones float32."""
     params = make_params({"tall": (260, 20), "wide": (20, 30), "table": (4100,), "bias": (7,)})
     return optimizer_class(list(params.items()), **OPTIONS, backend=backend), params
 
 
-def awkward(backend: str, optimizer_class: type[GaLoreAdam]) -> Pair:
+def awkward(backend: str, optimizer_class: OptimizerClass) -> Pair:
     """Everything that goes through a copy: bf16, strides, channels_last, both sides projected."""
     conv = torch.randn(16, 3, 3, 3).bfloat16().to(memory_format=torch.channels_last)
     params = {
@@ -74,10 +76,10 @@ def fails(both: Pair, fail_at: int, monkeypatch: pytest.MonkeyPatch) -> int:
     return mode.count
 
 
-def refreshing(**options: Any) -> Callable[[str, type[GaLoreAdam]], Pair]:
+def refreshing(**options: Any) -> Callable[[str, OptimizerClass], Pair]:
     """A matrix of each side, refreshed with these options."""
 
-    def make(backend: str, optimizer_class: type[GaLoreAdam]) -> Pair:
+    def make(backend: str, optimizer_class: OptimizerClass) -> Pair:
         params = make_params({name: SHAPES[name] for name in ("tall", "wide")})
         return optimizer_class(list(params.items()), **OPTIONS, **options, backend=backend), params
 
@@ -104,8 +106,8 @@ ASYNCHRONOUS = refreshing(async_refresh=True, moments_on_refresh="rotate")
 )
 def test_any_allocation_may_fail_and_the_step_be_retried(
     backend: str,
-    make: Callable[[str, type[GaLoreAdam]], Pair],
-    optimizer_class: type[GaLoreAdam],
+    make: Callable[[str, OptimizerClass], Pair],
+    optimizer_class: OptimizerClass,
     steps: int,
     at_least: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -262,7 +264,7 @@ def test_an_exception_in_a_load_hook_changes_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-def test_a_model_cast_in_mid_training_and_back(backend: str, optimizer_class: type[GaLoreAdam]) -> None:
+def test_a_model_cast_in_mid_training_and_back(backend: str, optimizer_class: OptimizerClass) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 64))
     params: Params = dict(model.named_parameters())
@@ -297,7 +299,7 @@ def test_a_model_cast_in_mid_training_and_back(backend: str, optimizer_class: ty
 def test_optimizers_in_threads_equal_optimizers_in_turn(backend: str) -> None:
     def work(seed: int) -> dict[str, Any]:
         params = make_params(seed=seed)
-        optimizer = OPTIMIZERS[seed % 2](list(params.items()), **OPTIONS, seed=seed, backend=backend)
+        optimizer = EVERY_OPTIMIZER[seed % 2](list(params.items()), **OPTIONS, seed=seed, backend=backend)
         train(optimizer, params, range(10 * seed, 10 * seed + 7))
         return snapshot(optimizer, params)
 

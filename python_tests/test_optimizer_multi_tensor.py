@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from grouping import KINDS, Grouping, Make, Params, compare, install, mixed, pair, plain, steps, take_for_device
-from optimizer_cases import OPTIMIZERS, set_grads, train
+from grouping import KINDS, Grouping, Make, Params, apollo, compare, install, mixed, pair, plain, steps, take_for_device
+from optimizer_cases import EVERY_OPTIMIZER, set_grads, train
 from torch import Tensor, nn
 
 from galore_kernels.ops import registry
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
-from galore_kernels.optim.galore import GaLoreAdam
+from galore_kernels.optim.base import LowRankOptimizer
 
 
 @pytest.fixture(params=["host", "device"])
@@ -33,7 +33,7 @@ def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 # ---------------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("make", [plain, mixed])
+@pytest.mark.parametrize("make", [plain, mixed, apollo])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_groups_are_bitwise_one_tensor_at_a_time(grouped: Grouping, make: Make, dtype: torch.dtype) -> None:
     both = pair(make, dtype)
@@ -41,11 +41,12 @@ def test_groups_are_bitwise_one_tensor_at_a_time(grouped: Grouping, make: Make, 
         steps(both, range(start, start + 3))
         compare(both)
     assert max(size for _, size, _ in grouped.calls) > 1
-    assert {operation for operation, *_ in grouped.calls} == {"galore_update", "adam8bit_update"}
+    projected = "apollo_update" if make is apollo else "galore_update"
+    assert {operation for operation, *_ in grouped.calls} == {projected, "adam8bit_update"}
 
 
-@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
-def test_a_checkpoint_in_mid_training(grouped: Grouping, optimizer_class: type[GaLoreAdam]) -> None:
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
+def test_a_checkpoint_in_mid_training(grouped: Grouping, optimizer_class: type[LowRankOptimizer]) -> None:
     both = pair(lambda params, backend: plain(params, backend, optimizer_class))
     steps(both, range(5))
     for optimizer, _ in both:
@@ -108,7 +109,7 @@ def test_under_a_grad_scaler(grouped: Grouping, overflow_at: int) -> None:
     assert float(both[0][0].state[both[0][1]["tall0"]]["step"]) == 7
 
 
-def assert_same_weights(both: Sequence[tuple[GaLoreAdam, Params]]) -> None:
+def assert_same_weights(both: Sequence[tuple[LowRankOptimizer, Params]]) -> None:
     for (name, got), expected in zip(both[0][1].items(), both[1][1].values(), strict=True):
         assert torch.equal(got, expected), name
 
@@ -143,48 +144,48 @@ def test_a_plan_is_made_after_the_first_refresh_and_then_followed(grouped: Group
     assert made == [len(KINDS) if step == 1 else 0 for step in range(9)]  # refreshed at 0, 3 and 6
 
 
-def nothing(optimizer: GaLoreAdam, params: Params) -> None:
+def nothing(optimizer: LowRankOptimizer, params: Params) -> None:
     """The plan is followed: what follows is not due to something else."""
 
 
-def replace_state(optimizer: GaLoreAdam, params: Params) -> None:
+def replace_state(optimizer: LowRankOptimizer, params: Params) -> None:
     state = optimizer.state[params["tall0"]]
     state["exp_avg_sq"] = state["exp_avg_sq"].clone()
 
 
-def move_state(optimizer: GaLoreAdam, params: Params) -> None:
+def move_state(optimizer: LowRankOptimizer, params: Params) -> None:
     for value in optimizer.state[params["tall0"]].values():
         if isinstance(value, Tensor):
             value.data = value.data.clone()
 
 
-def move_weight(optimizer: GaLoreAdam, params: Params) -> None:
+def move_weight(optimizer: LowRankOptimizer, params: Params) -> None:
     params["tall0"].data = params["tall0"].data.clone()
 
 
-def replace_weight(optimizer: GaLoreAdam, params: Params, new: nn.Parameter) -> None:
+def replace_weight(optimizer: LowRankOptimizer, params: Params, new: nn.Parameter) -> None:
     old = params["tall0"]
     params["tall0"] = optimizer.param_groups[0]["params"][list(params).index("tall0")] = new
     new.grad = old.grad
 
 
-def swap_weight(optimizer: GaLoreAdam, params: Params) -> None:
+def swap_weight(optimizer: LowRankOptimizer, params: Params) -> None:
     """What FSDP2 does: another parameter takes the place, and the state, of the old one."""
     old, new = params["tall0"], nn.Parameter(params["tall0"].detach().clone())
     replace_weight(optimizer, params, new)
     optimizer.state[new] = optimizer.state.pop(old)
 
 
-def alias_weight(optimizer: GaLoreAdam, params: Params) -> None:
+def alias_weight(optimizer: LowRankOptimizer, params: Params) -> None:
     """Another parameter in the same memory, which has no state yet."""
     replace_weight(optimizer, params, nn.Parameter(params["tall0"].detach()))
 
 
-def other_state_dict(optimizer: GaLoreAdam, params: Params) -> None:
+def other_state_dict(optimizer: LowRankOptimizer, params: Params) -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-def new_states(optimizer: GaLoreAdam, params: Params) -> None:
+def new_states(optimizer: LowRankOptimizer, params: Params) -> None:
     """What an offloader does: away, and back; the memory may be the old one."""
     for state in optimizer.state.values():
         for key, value in state.items():
@@ -192,7 +193,7 @@ def new_states(optimizer: GaLoreAdam, params: Params) -> None:
                 state[key] = value.clone()
 
 
-CHANGES: dict[str, Callable[[GaLoreAdam, Params], None]] = {
+CHANGES: dict[str, Callable[[LowRankOptimizer, Params], None]] = {
     f.__name__: f
     for f in (
         nothing,

@@ -40,6 +40,7 @@ RIVAL_PACKAGES = {
     "adamw8bit": ["bitsandbytes"],
     "galore_torch": ["galore_torch"],
     "galore_torch8bit": ["bitsandbytes", "galore_torch"],
+    "apollo_torch": ["apollo_torch"],
 }
 
 
@@ -305,7 +306,7 @@ def test_a_rival_that_is_not_installed_is_named_with_the_command_that_installs_i
     monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
 ) -> None:
-    for module in ("bitsandbytes", "bitsandbytes.optim.optimizer", "galore_torch"):
+    for module in ("bitsandbytes", "bitsandbytes.optim.optimizer", "galore_torch", "apollo_torch"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main(nano(text, tmp_path, "run", "--optimizer", optimizer)) == 2
     package = RIVAL_PACKAGES[optimizer][0].replace("_", "-")

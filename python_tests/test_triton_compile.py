@@ -60,11 +60,14 @@ ELEMENTS = (
     "adam_update",
     "quantize_blockwise",
     "dequantize_blockwise",
+    "long_norms",
+    "gradient_factors",
+    "scaled_gradient_update",
 )
 
 
 def test_every_kernel_is_looked_at(kernels: list[Kernel]) -> None:
-    names = {f"{name}_kernel" for name in (*PRODUCTS, *ELEMENTS, "rotate_moments", "write_column")}
+    names = {f"{name}_kernel" for name in (*PRODUCTS, *ELEMENTS, "rotate_moments", "random_basis", "write_column")}
     assert {k["kernel"] for k in kernels} == names
 
 
@@ -117,12 +120,17 @@ def has_codes(kernel: Kernel) -> bool:
     return bool(re.search("/int[48] ", kernel["case"]))
 
 
+def is_drawn(kernel: Kernel) -> bool:
+    return " drawn" in kernel["case"]
+
+
 def test_aligned_operands_are_copied_asynchronously_sixteen_bytes_at_a_time(kernels: list[Kernel]) -> None:
     for k in of(kernels, *PRODUCTS, where=is_aligned):
         assert "cp.async.cg.shared.global" in k["ptx"], k["case"]
         # A tile's codes may be fewer than sixteen bytes for each thread; those of four or eight are copied so too.
         assert has_codes(k) or "cp.async.ca.shared.global" not in k["ptx"], k["case"]
-        assert not re.search(r"ld\.global[.\w]*\.b(8|16)\b", k["ptx"]), k["case"]
+        # Single elements are magnitudes of what is drawn.
+        assert is_drawn(k) or not re.search(r"ld\.global[.\w]*\.b(8|16)\b", k["ptx"]), k["case"]
 
 
 def test_weights_and_moments_move_as_vectors(kernels: list[Kernel]) -> None:
@@ -145,11 +153,13 @@ def test_products_run_on_the_matrix_units_in_bfloat16(kernels: list[Kernel]) -> 
 
 
 def test_codes_beside_float32_take_half_its_products(kernels: list[Kernel]) -> None:
-    # Three of bfloat16 instead of six: a code is one bfloat16, a float32 the sum of three.
-    def products(codes: bool, kernel: str) -> set[int]:
-        some = of(kernels, kernel, where=lambda k: "fp32/fp32/" in k["case"] and has_codes(k) == codes)
+    # Three of bfloat16 instead of six: a code is one bfloat16, as is what is drawn, and a float32 the sum of three.
+    def products(kernel: str, where: Callable[[Kernel], bool]) -> set[int]:
+        some = of(kernels, kernel, where=lambda k: "fp32/fp32/" in k["case"] and where(k))
         return {len(re.findall(r"mma_async\.|mma\.sync\.", k["ptx"])) for k in some}
 
     for kernel in PRODUCTS:
-        (whole,), (half,) = products(False, kernel), products(True, kernel)
+        (whole,) = products(kernel, lambda k: not has_codes(k) and not is_drawn(k))
+        (half,) = products(kernel, has_codes)
         assert 2 * half == whole
+    assert products("project", is_drawn) == products("project", has_codes)

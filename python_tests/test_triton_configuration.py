@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.triton import configuration
 from galore_kernels.backends.triton.configuration import ENVIRONMENT_VARIABLE, Tile, override
 
@@ -26,6 +26,7 @@ def batch(rank: int, dtype: torch.dtype = torch.bfloat16, *, aligned: bool = Tru
         "weight_dtype": dtype,
         "grad_dtype": dtype,
         "basis_dtype": dtype,
+        "magnitudes": None,
         "eight_bit": True,
         "stochastic": False,
         "fixed_aligned": aligned,

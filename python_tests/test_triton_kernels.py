@@ -18,7 +18,7 @@ from update_cases import assert_same_bits, assert_same_state, bits, clone, optio
 
 from galore_kernels import ops
 from galore_kernels.backends import pipeline
-from galore_kernels.backends.pipeline import make_batch, new_control, with_gradients
+from galore_kernels.backends.batch import make_batch, new_control, with_gradients
 from galore_kernels.backends.triton import code_tables, configuration
 from galore_kernels.backends.triton.stages import TritonStages
 from galore_kernels.ops import AdamOptions, AdamState
@@ -278,9 +278,9 @@ def test_a_group_is_its_members(monkeypatch: pytest.MonkeyPatch, workspace: int 
     assert group.rounding_seeds is not None
     for i, (got, got_state) in enumerate(group_update(group, grads, o)):
         own = replace(o, rounding_seed=group.rounding_seeds[i])
-        expected, expected_state = galore_update(
-            group.params[i], grads[i], group.bases[i], group.states[i], own, side, 0.25
-        )
+        basis = group.bases[i]
+        assert isinstance(basis, Tensor)
+        expected, expected_state = galore_update(group.params[i], grads[i], basis, group.states[i], own, side, 0.25)
         assert_same_bits(got, expected, f"param {i}")
         assert_same_state(got_state, expected_state)
         assert got_state.skipped == (i == 1)

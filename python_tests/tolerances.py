@@ -219,7 +219,9 @@ def apollo_step(
     weight_bound = weight_bound + 4 * U32 * (np.abs(w) + np.abs(weight))
     if weight_dtype != torch.float32:
         weight_bound = weight_bound + rounding_of(weight, weight_dtype)
-    return ApolloStep(new_m, new_v, weight, m_bound, v_bound, weight_bound, size, size * (norm_share + 4 * U32))
+    # Squares below float32's range are 0.
+    norm_bound = size * (norm_share + 4 * U32) + 1e-20
+    return ApolloStep(new_m, new_v, weight, m_bound, v_bound, weight_bound, size, norm_bound)
 
 
 @dataclass(frozen=True)

@@ -62,20 +62,22 @@ def galore_update(
 def group_update(
     group: UpdateGroup, grads: list[Tensor], options: AdamOptions, steps: int = 1
 ) -> list[tuple[Tensor, AdamState]]:
-    """The update of a group of CPU tensors on copies, ``steps`` times. But ``weight_scales`` change."""
+    """The update of a group of CPU tensors on copies, ``steps`` times. Scales of weights and norms do change."""
     cpu = torch.device("cpu")
     there = replace(
         group,
         params=tuple(param.to(DEVICE, copy=True) for param in group.params),
         states=tuple(map(moved_state, group.states)),
-        bases=tuple(basis.to(DEVICE) for basis in group.bases),
+        bases=tuple(basis.to(DEVICE) if isinstance(basis, Tensor) else basis for basis in group.bases),
         basis_scales=tuple(basis_scale.to(DEVICE) for basis_scale in group.basis_scales),
         weight_scales=tuple(weight_scale.to(DEVICE) for weight_scale in group.weight_scales),
+        scaled_norms=tuple(scaled_norm.to(DEVICE) for scaled_norm in group.scaled_norms),
     )
     assert BACKEND.group is not None
     update = BACKEND.group(there)
     for _ in range(steps):
         update([grad.to(DEVICE) for grad in grads], moved_options(options))
-    for kept, changed in zip(group.weight_scales, there.weight_scales, strict=True):
-        kept.copy_(changed)
+    kept = (*group.weight_scales, *group.scaled_norms)
+    for before, after in zip(kept, (*there.weight_scales, *there.scaled_norms), strict=True):
+        before.copy_(after)
     return [(param.cpu(), moved_state(state, cpu)) for param, state in zip(there.params, there.states, strict=True)]

@@ -38,11 +38,15 @@ struct AdamCoefficients {
     float decay;      // 1 - lr * weight_decay
 };
 
-// scale: 1 for full rank, GaLore's alpha where x = U @ P.T. Double until the last rounding.
-GK_HOST_DEVICE AdamCoefficients adam_coefficients(const AdamScalars& s, double scale) {
+// lr * bias correction * scale in double. scale: 1 for full rank, GaLore's alpha where x = U @ P.T.
+GK_HOST_DEVICE double adam_step_size(const AdamScalars& s, double scale) {
     const double t = static_cast<double>(s.step + 1);
     const double correction1 = 1.0 - std::pow(s.beta1, t);
     const double correction2 = 1.0 - std::pow(s.beta2, t);
+    return s.lr * std::sqrt(correction2) / correction1 * scale;
+}
+
+GK_HOST_DEVICE AdamCoefficients adam_coefficients(const AdamScalars& s, double scale) {
     AdamCoefficients c;
     c.gradient_scale = static_cast<float>(s.maximize ? -s.inv_grad_scale : s.inv_grad_scale);
     c.beta1 = static_cast<float>(s.beta1);
@@ -50,7 +54,7 @@ GK_HOST_DEVICE AdamCoefficients adam_coefficients(const AdamScalars& s, double s
     c.beta2 = static_cast<float>(s.beta2);
     c.one_minus_beta2 = static_cast<float>(1.0 - s.beta2);
     c.eps = static_cast<float>(s.eps);
-    c.step_size = static_cast<float>(s.lr * std::sqrt(correction2) / correction1 * scale);
+    c.step_size = static_cast<float>(adam_step_size(s, scale));
     c.decay = static_cast<float>(1.0 - s.lr * s.weight_decay);
     return c;
 }

@@ -11,16 +11,25 @@ namespace gk {
 // Added to norms that something is divided by.
 constexpr float kNormEps = 1e-8f;
 
-// s, of the sums of squares of Adam's directions and of the low-rank gradient.
-GK_HOST_DEVICE float gradient_factor(double direction_squares, double lowrank_squares) {
-    return static_cast<float>(std::sqrt(direction_squares)) /
-           (static_cast<float>(std::sqrt(lowrank_squares)) + kNormEps);
+// Whether a sum of the squares of a long index of the gradient lets the update happen.
+GK_HOST_DEVICE bool squares_are_finite(float sum) { return sum <= 0x1.fffffep+127f; }
+
+GK_HOST_DEVICE float norm_of(double squares) { return static_cast<float>(std::sqrt(squares)); }
+
+// s, of the norms of Adam's directions and of the low-rank gradient.
+GK_HOST_DEVICE float factor_of_norms(float direction_norm, float lowrank_norm) {
+    return direction_norm / (lowrank_norm + kNormEps);
 }
 
-// l, what the scaled gradient of this norm is divided by. limit: 0 for none. previous: the last step's norm, 0 if none
-// is known.
+// The same, of the sums of squares.
+GK_HOST_DEVICE float gradient_factor(double direction_squares, double lowrank_squares) {
+    return factor_of_norms(norm_of(direction_squares), norm_of(lowrank_squares));
+}
+
+// l, what the scaled gradient of this norm is divided by. limit: 0 for none. previous: the last step's norm; one as
+// small as kNormEps tells nothing.
 GK_HOST_DEVICE double growth_limiter(double norm, float previous, double limit) {
-    if (limit == 0.0 || previous == 0.0f) return 1.0;
+    if (limit == 0.0 || previous <= kNormEps) return 1.0;
     const double growth = norm / (static_cast<double>(previous) + 1e-8);
     return (growth > limit ? growth : limit) / limit;
 }

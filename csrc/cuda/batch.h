@@ -1,5 +1,5 @@
 // What a launch is told: N tensors of one shape, and a control row for each of them. The Python side of both is
-// galore_kernels/backends/pipeline.py.
+// galore_kernels/backends/batch.py.
 #pragma once
 
 #include "core/adam.h"
@@ -19,9 +19,12 @@ struct TensorRow {
     float* step;
     index_t* skipped;
     std::uint64_t seed;
+    float* scaled_norm;        // null but for apollo_update
+    std::uint64_t basis_seed;  // of a drawn basis
     const void* grad;
 };
-static_assert(sizeof(TensorRow) == 12 * sizeof(std::int64_t), "a row of the table is twelve int64");
+constexpr int kTableColumns = 14;
+static_assert(sizeof(TensorRow) == kTableColumns * sizeof(std::int64_t), "a row of the table is int64 numbers");
 
 // Whether a basis of that dtype is quantized.
 GK_HOST_DEVICE bool is_coded(DType basis_dtype) { return basis_dtype == DType::int8 || basis_dtype == DType::int4; }
@@ -35,6 +38,7 @@ struct Batch {
     int rank;            // 0 at full rank
     Side side;
     DType weight_dtype, grad_dtype, basis_dtype;
+    const std::uint16_t* magnitudes;  // of the entries of drawn bases (core/random_basis.h); null for bases in memory
     bool eight_bit;
     bool stochastic;
     bool aligned;  // every address and every row: a multiple of 16 bytes
@@ -54,7 +58,8 @@ struct Control {
     std::int32_t skip;
     std::uint32_t arrived;  // panels whose gradients have been looked at, and from bit 16 on those found wanting
     std::uint64_t step;     // the number of the step being taken
-    std::uint32_t unused[4];
+    double step_size;       // coefficients.step_size, not rounded
+    std::uint32_t unused[2];
 };
 static_assert(sizeof(Control) == 64, "the pipeline allocates sixteen words for each tensor");
 

@@ -47,7 +47,7 @@ void check(const char* stage, cudaError_t error) {
     }
 }
 
-TensorRow row_of(const std::array<Address, 12>& a) {
+TensorRow row_of(const std::array<Address, gk::cuda::kTableColumns>& a) {
     return TensorRow{pointer<void>(a[0]),
                      pointer<const void>(a[1]),
                      pointer<void>(a[2]),
@@ -59,12 +59,14 @@ TensorRow row_of(const std::array<Address, 12>& a) {
                      pointer<float>(a[8]),
                      pointer<index_t>(a[9]),
                      static_cast<std::uint64_t>(a[10]),
-                     pointer<const void>(a[11])};
+                     pointer<float>(a[11]),
+                     static_cast<std::uint64_t>(a[12]),
+                     pointer<const void>(a[13])};
 }
 
-Batch make_batch(Address table, const std::array<Address, 12>& row, index_t count, index_t rows, index_t cols,
-                 index_t moments, int rank, int side, int weight_dtype, int grad_dtype, int basis_dtype, bool eight_bit,
-                 bool stochastic, bool aligned) {
+Batch make_batch(Address table, const std::array<Address, gk::cuda::kTableColumns>& row, index_t count, index_t rows,
+                 index_t cols, index_t moments, int rank, int side, int weight_dtype, int grad_dtype, int basis_dtype,
+                 Address magnitudes, bool eight_bit, bool stochastic, bool aligned) {
     if (side != 0 && side != 1) throw std::invalid_argument("side: expected 0 (right) or 1 (left)");
     if (count < 1 || (count > 1 && table == 0)) throw std::invalid_argument("count: expected 1, or a table's rows");
     if (rows < 0 || cols < 0 || moments < 0 || rank < 0) throw std::invalid_argument("a size is negative");
@@ -86,6 +88,7 @@ Batch make_batch(Address table, const std::array<Address, 12>& row, index_t coun
                  weight,
                  dtype_of("grad_dtype", grad_dtype),
                  dtype_of("basis_dtype", basis_dtype, DType::int4),
+                 pointer<const std::uint16_t>(magnitudes),
                  eight_bit,
                  stochastic,
                  aligned};
@@ -96,7 +99,7 @@ MomentMatrix moments_of(const std::array<Address, 4>& a, index_t rows, int rank)
         pointer<void>(a[0]), pointer<void>(a[1]), pointer<float>(a[2]), pointer<float>(a[3]), rows, rank};
 }
 
-// Of the stages that take weights as numbers; back_project_update alone takes codes.
+// Of the stages that take weights as numbers. back_project_update and scaled_gradient_update take codes.
 void check_no_codes(const Batch& batch) {
     if (batch.weight_dtype == DType::int8) dtype_of("weight_dtype", static_cast<int>(DType::int8));
 }
@@ -144,22 +147,26 @@ void bind_stages(py::module_& module) {
                "Parts that project() cuts the short dimension into; above 1 it needs partial sums.");
     module.def(
         "cuda_project",
-        [](const Batch& batch, Address control, Address lowrank, bool final, int splits, Address partial, int device,
-           Address stream) {
+        [](const Batch& batch, Address control, Address lowrank, Address squares, bool final, int splits,
+           Address partial, Address partial_squares, int device, Address stream) {
+            const cuda::Projected to{pointer<float>(lowrank), pointer<float>(squares)};
+            const cuda::Projected parts{pointer<float>(partial), pointer<float>(partial_squares)};
             run("project", [&] {
-                return cuda::project(batch, pointer<Control>(control), pointer<float>(lowrank), final, splits,
-                                     pointer<float>(partial), queue_of(device, stream));
+                return cuda::project(batch, pointer<Control>(control), to, final, splits, parts,
+                                     queue_of(device, stream));
             });
         },
-        "batch"_a, "control"_a, "lowrank"_a, "final"_a, "splits"_a, "partial"_a, "device"_a, "stream"_a,
-        "lowrank (count, long * rank) fp32; final: scaled, signed and checked. partial (splits, count, long * rank).");
+        "batch"_a, "control"_a, "lowrank"_a, "squares"_a, "final"_a, "splits"_a, "partial"_a, "partial_squares"_a,
+        "device"_a, "stream"_a,
+        "lowrank (count, long * rank) and squares (count, long) fp32, or 0; final: scaled, signed and checked. "
+        "partial, partial_squares: (splits, ...) of both.");
     module.def(
         "cuda_scale_and_check",
         [](Address source, int dtype, index_t count, index_t elements, Address control, Address lowrank, int device,
            Address stream) {
             run("scale_and_check", [&] {
                 return cuda::scale_and_check(pointer<const void>(source), dtype_of("dtype", dtype), 1, count, elements,
-                                             true, pointer<Control>(control), pointer<float>(lowrank),
+                                             cuda::SumOf::gradients, pointer<Control>(control), pointer<float>(lowrank),
                                              queue_of(device, stream));
             });
         },
@@ -196,6 +203,43 @@ void bind_stages(py::module_& module) {
                 [&] { return cuda::adam_update(batch, pointer<Control>(control), queue_of(device, stream)); });
         },
         "batch"_a, "control"_a, "device"_a, "stream"_a, "Full rank: checks, then updates everything.");
+    module.def(
+        "cuda_gradient_factors",
+        [](const Batch& batch, Address control, Address lowrank, Address direction, Address squares, Address norms,
+           Address factors, bool one_factor, double norm_scale, double limit, int device, Address stream) {
+            const cuda::ApolloScalars apollo{one_factor, norm_scale, limit};
+            run("gradient_factors", [&] {
+                return cuda::gradient_factors(batch, pointer<const Control>(control), pointer<const float>(lowrank),
+                                              pointer<const float>(direction), pointer<const float>(squares),
+                                              pointer<float>(norms), pointer<float>(factors), apollo,
+                                              queue_of(device, stream));
+            });
+        },
+        "batch"_a, "control"_a, "lowrank"_a, "direction"_a, "squares"_a, "norms"_a, "factors"_a, "one_factor"_a,
+        "norm_scale"_a, "limit"_a, "device"_a, "stream"_a,
+        "factors (count, long) fp32 and scaled_norm; norms: as many floats in between. limit: 0 for none.");
+    module.def(
+        "cuda_scaled_gradient_update",
+        [](const Batch& batch, Address control, Address factors, int device, Address stream) {
+            run("scaled_gradient_update", [&] {
+                return cuda::scaled_gradient_update(batch, pointer<const Control>(control),
+                                                    pointer<const float>(factors), queue_of(device, stream));
+            });
+        },
+        "batch"_a, "control"_a, "factors"_a, "device"_a, "stream"_a,
+        "The weights, int8 ones with their scales, from the gradients and factors (count, long).");
+    module.def(
+        "cuda_random_basis",
+        [](Address entries, index_t rows, index_t rank, std::uint64_t seed, Address magnitudes, int device,
+           Address stream) {
+            if (rows < 0 || rank < 1) throw std::invalid_argument("rows, rank: too small");
+            run("random_basis", [&] {
+                return cuda::random_basis(pointer<std::uint16_t>(entries), rows, rank, seed,
+                                          pointer<const std::uint16_t>(magnitudes), queue_of(device, stream));
+            });
+        },
+        "entries"_a, "rows"_a, "rank"_a, "seed"_a, "magnitudes"_a, "device"_a, "stream"_a,
+        "entries (rows, rank) bf16, times sqrt(rank). magnitudes: the family's 2048, bf16.");
     module.def("cuda_in_one_pass", cuda::in_one_pass, "batch"_a, "device"_a,
                "Whether cuda_galore_update takes the batch and fills the device with it.");
     module.def(
@@ -214,9 +258,10 @@ void bind_cuda(py::module_& module) {
     using namespace pybind11::literals;
     // Local: the tests load the kernels a second time, compiled for the CPU.
     py::class_<Batch>(module, "CudaBatch", py::module_local(),
-                      "Tensors of one shape; see galore_kernels/backends/pipeline.py.")
+                      "Tensors of one shape; see galore_kernels/backends/batch.py.")
         .def(py::init(&make_batch), "table"_a, "row"_a, "count"_a, "rows"_a, "cols"_a, "moments"_a, "rank"_a, "side"_a,
-             "weight_dtype"_a, "grad_dtype"_a, "basis_dtype"_a, "eight_bit"_a, "stochastic"_a, "aligned"_a);
+             "weight_dtype"_a, "grad_dtype"_a, "basis_dtype"_a, "magnitudes"_a, "eight_bit"_a, "stochastic"_a,
+             "aligned"_a);
     bind_stages(module);
     module.def(
         "cuda_device_error",
@@ -231,9 +276,11 @@ void bind_cuda(py::module_& module) {
             namespace cuda = gk::cuda;
             py::dict shapes;
             for (const cuda::LaunchShape* shape :
-                 {&cuda::kWriteColumnShape, &cuda::kPrepareShape, &cuda::kProjectShape, &cuda::kScaleAndCheckShape,
-                  &cuda::kLowrankAdamShape, &cuda::kBackProjectUpdateShape, &cuda::kBackProjectUpdateInt8Shape,
-                  &cuda::kAdamUpdateShape, &cuda::kGaloreUpdateShape, &cuda::kQuantizeBlockwiseShape,
+                 {&cuda::kWriteColumnShape, &cuda::kPrepareShape, &cuda::kProjectShape, &cuda::kProjectWithSquaresShape,
+                  &cuda::kScaleAndCheckShape, &cuda::kLowrankAdamShape, &cuda::kBackProjectUpdateShape,
+                  &cuda::kBackProjectUpdateInt8Shape, &cuda::kAdamUpdateShape, &cuda::kGaloreUpdateShape,
+                  &cuda::kRowNormsShape, &cuda::kGradientFactorsShape, &cuda::kScaledGradientUpdateShape,
+                  &cuda::kScaledGradientUpdateInt8Shape, &cuda::kRandomBasisShape, &cuda::kQuantizeBlockwiseShape,
                   &cuda::kRotateMomentsShape}) {
                 shapes[shape->stage] = py::make_tuple(shape->threads, shape->shared_bytes);
             }

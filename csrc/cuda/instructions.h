@@ -87,6 +87,12 @@ __device__ __forceinline__ std::uint32_t observe(const std::uint32_t* counter) {
     return value;
 }
 
+// The same number, which the compiler takes for a new one: what depends on it is computed here, not kept from before.
+__device__ __forceinline__ std::uint64_t not_known_before(std::uint64_t x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
 // Once in every round of a loop that waits for other blocks.
 __device__ __forceinline__ void pause() { __nanosleep(64); }
 

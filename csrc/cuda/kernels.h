@@ -1,4 +1,4 @@
-// The launchers of the CUDA backend, one for each stage of galore_kernels/backends/pipeline.py. Each only enqueues
+// The launchers of the CUDA backend, one for each stage of galore_kernels/backends/stages.py. Each only enqueues
 // work on the queue's stream and returns what preparing and launching gave. Pointers are to memory of that device.
 #pragma once
 
@@ -14,9 +14,10 @@ struct LaunchShape {
     std::size_t shared_bytes;
 };
 
-extern const LaunchShape kWriteColumnShape, kPrepareShape, kProjectShape, kScaleAndCheckShape, kLowrankAdamShape,
-    kBackProjectUpdateShape, kBackProjectUpdateInt8Shape, kAdamUpdateShape, kGaloreUpdateShape, kQuantizeBlockwiseShape,
-    kRotateMomentsShape;
+extern const LaunchShape kWriteColumnShape, kPrepareShape, kProjectShape, kProjectWithSquaresShape, kScaleAndCheckShape,
+    kLowrankAdamShape, kBackProjectUpdateShape, kBackProjectUpdateInt8Shape, kAdamUpdateShape, kGaloreUpdateShape,
+    kRowNormsShape, kGradientFactorsShape, kScaledGradientUpdateShape, kScaledGradientUpdateInt8Shape,
+    kRandomBasisShape, kQuantizeBlockwiseShape, kRotateMomentsShape;
 
 // Whether the device and its driver can run the kernels: what asking for one gives.
 cudaError_t usable(int device);
@@ -43,21 +44,48 @@ cudaError_t prepare(const Batch& batch, const StepScalars& scalars, Control* con
 // The kind of arithmetic for the product of a matrix and a basis: see tile.h. Codes are exact in every dtype.
 DType product_kind(DType dtype, DType basis_dtype);
 
-// lowrank (count, long * rank) = the projected gradients. `final`: scaled, signed, and the skip flags set. With several
-// splits of the short dimension, partial (splits, count, long * rank) holds their sums in between.
-int project_splits(const Batch& batch, int device);
-cudaError_t project(const Batch& batch, Control* control, float* lowrank, bool final, int splits, float* partial,
-                    const Queue& queue);
+struct Projected {
+    float* lowrank;  // (count, long * rank)
+    float* squares;  // (count, long): the sums of the squares of the gradients' long indices; null where nobody asks
+};
 
-// lowrank = source (splits, count, elements) summed over the splits; `scaled`: scaled and signed, and the skip flags.
-cudaError_t scale_and_check(const void* source, DType dtype, int splits, index_t count, index_t elements, bool scaled,
-                            Control* control, float* lowrank, const Queue& queue);
+// The projected gradients. `final`: scaled, signed, and the skip flags set. With several splits of the short dimension,
+// partial has (splits, count, ...) of both, for their sums in between.
+int project_splits(const Batch& batch, int device);
+cudaError_t project(const Batch& batch, Control* control, const Projected& to, bool final, int splits,
+                    const Projected& partial, const Queue& queue);
+
+// What is summed over splits. Gradients are scaled and signed then, and set the skip flags; squares set them too.
+enum class SumOf : int { parts = 0, gradients = 1, squares = 2 };
+
+// sums = source (splits, count, elements) over the splits.
+cudaError_t scale_and_check(const void* source, DType dtype, int splits, index_t count, index_t elements, SumOf what,
+                            Control* control, float* sums, const Queue& queue);
 
 cudaError_t lowrank_adam(const Batch& batch, const Control* control, const float* lowrank, void* direction,
                          DType direction_dtype, const Queue& queue);
 
 cudaError_t back_project_update(const Batch& batch, const Control* control, const void* direction,
                                 DType direction_dtype, const Queue& queue);
+
+// APOLLO's options, as gradient_factors takes them.
+struct ApolloScalars {
+    bool one_factor;    // "tensor" scaling
+    double norm_scale;  // sqrt(scale) where the limiter is to see it, else 1
+    double limit;       // 0 for none
+};
+
+// factors (count, long) of the gradients' long indices, and scaled_norm. norms: as many floats in between.
+cudaError_t gradient_factors(const Batch& batch, const Control* control, const float* lowrank, const float* direction,
+                             const float* squares, float* norms, float* factors, const ApolloScalars& apollo,
+                             const Queue& queue);
+
+cudaError_t scaled_gradient_update(const Batch& batch, const Control* control, const float* factors,
+                                   const Queue& queue);
+
+// entries (rows, rank): bfloat16 bits of a random basis, times sqrt(rank).
+cudaError_t random_basis(std::uint16_t* entries, index_t rows, index_t rank, std::uint64_t seed,
+                         const std::uint16_t* magnitudes, const Queue& queue);
 
 cudaError_t adam_update(const Batch& batch, Control* control, const Queue& queue);
 

@@ -1,5 +1,6 @@
 // lowrank_adam: moments and direction of low-rank gradients, a warp to a quantization block. scale_and_check: what
 // makes a low-rank gradient of something else.
+#include "core/apollo.h"
 #include "cuda/adam_block.h"
 #include "cuda/kernels.h"
 
@@ -55,12 +56,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    scale_and_check_kernel(const void* source, DType dtype, int splits, index_t count, index_t elements, bool scaled,
-                           Control* control, float* lowrank, int blocks_each) {
+    scale_and_check_kernel(const void* source, DType dtype, int splits, index_t count, index_t elements, SumOf what,
+                           Control* control, float* sums, int blocks_each) {
     const int tensor = static_cast<int>(blockIdx.x / blocks_each);
     const int part = static_cast<int>(blockIdx.x % blocks_each);
     if (control[tensor].skip & kSkipFoundInf) return;  // nothing has been projected
-    const float scale = scaled ? control[tensor].coefficients.gradient_scale : 1.0f;
+    const float scale = what == SumOf::gradients ? control[tensor].coefficients.gradient_scale : 1.0f;
     bool bad = false;
     for (index_t i = static_cast<index_t>(part) * kThreads + threadIdx.x; i < elements;
          i += static_cast<index_t>(blocks_each) * kThreads) {
@@ -69,10 +70,11 @@ __global__ void __launch_bounds__(kThreads)
             sum += load_element(source, (split * count + tensor) * elements + i, dtype);
         }
         sum *= scale;
-        bad = bad || !gradient_is_representable(sum);
-        lowrank[tensor * elements + i] = sum;
+        bad = bad || !(what == SumOf::squares ? squares_are_finite(sum) : gradient_is_representable(sum));
+        sums[tensor * elements + i] = sum;
     }
-    if (__syncthreads_or(scaled && bad) && threadIdx.x == 0) atomicOr(&control[tensor].skip, kSkipGradient);
+    if (__syncthreads_or(what != SumOf::parts && bad) && threadIdx.x == 0)
+        atomicOr(&control[tensor].skip, kSkipGradient);
 }
 
 }  // namespace
@@ -88,11 +90,11 @@ cudaError_t lowrank_adam(const Batch& batch, const Control* control, const float
                   direction, direction_dtype, static_cast<int>(blocks));
 }
 
-cudaError_t scale_and_check(const void* source, DType dtype, int splits, index_t count, index_t elements, bool scaled,
-                            Control* control, float* lowrank, const Queue& queue) {
+cudaError_t scale_and_check(const void* source, DType dtype, int splits, index_t count, index_t elements, SumOf what,
+                            Control* control, float* sums, const Queue& queue) {
     const index_t blocks = blocks_for(elements);
     return launch(scale_and_check_kernel, Grid{blocks * count, kThreads}, queue, source, dtype, splits, count, elements,
-                  scaled, control, lowrank, static_cast<int>(blocks));
+                  what, control, sums, static_cast<int>(blocks));
 }
 
 }  // namespace gk::cuda

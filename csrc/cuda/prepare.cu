@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(Batch batch, StepScal
     adam.inv_grad_scale = scalars.grad_scale.data != nullptr ? 1.0 / read_scalar(scalars.grad_scale) : 1.0;
     Control result{};
     result.coefficients = adam_coefficients(adam, scalars.scale);
+    result.step_size = adam_step_size(adam, scalars.scale);
     result.skip = scalars.found_inf.data != nullptr && read_scalar(scalars.found_inf) != 0.0 ? kSkipFoundInf : 0;
     result.step = static_cast<std::uint64_t>(adam.step) + 1;
     control[i] = result;

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
-from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES
+from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES
 from galore_kernels.backends.reference.adafactor import adafactor_step
 from galore_kernels.backends.reference.adam import scaled_gradient
 from galore_kernels.backends.reference.rotate_moments import rotate_moments as rotate_both_sides

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
-from galore_kernels.backends.pipeline import DTYPE_CODES, SIDE_CODES, Batch, Pipeline
+from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES, Batch
+from galore_kernels.backends.pipeline import Pipeline
 from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.apollo_update import ApolloOptions
+from galore_kernels.ops.random_basis import RandomBasis
 from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
 
@@ -43,7 +47,7 @@ class CudaStages:
 
     def _native_batch(self, batch: Batch) -> Any:
         return self._native.CudaBatch(
-            0 if batch.table is None else batch.table.data_ptr(),
+            _address(batch.table),
             (*batch.addresses[0], batch.gradients[0]),
             batch.count,
             *batch.shape,
@@ -53,6 +57,7 @@ class CudaStages:
             DTYPE_CODES[batch.weight_dtype],
             DTYPE_CODES[batch.grad_dtype],
             DTYPE_CODES[batch.basis_dtype],
+            _address(batch.magnitudes),
             batch.eight_bit,
             batch.stochastic,
             batch.aligned,
@@ -80,14 +85,26 @@ class CudaStages:
     def project_splits(self, batch: Batch) -> int:
         return int(self._native.cuda_project_splits(self._native_batch(batch), self._queue(batch.device)[0]))
 
-    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
+    def project(
+        self,
+        batch: Batch,
+        control: Tensor,
+        lowrank: Tensor,
+        partial: Tensor | None,
+        *,
+        final: bool,
+        squares: Tensor | None = None,
+        partial_squares: Tensor | None = None,
+    ) -> None:
         self._native.cuda_project(
             self._native_batch(batch),
             control.data_ptr(),
             lowrank.data_ptr(),
+            _address(squares),
             final,
             1 if partial is None else partial.shape[0],
-            0 if partial is None else partial.data_ptr(),
+            _address(partial),
+            _address(partial_squares),
             *self._queue(batch.device),
         )
 
@@ -114,6 +131,35 @@ class CudaStages:
 
     def adam_update(self, batch: Batch, control: Tensor) -> None:
         self._native.cuda_adam_update(self._native_batch(batch), control.data_ptr(), *self._queue(batch.device))
+
+    def gradient_factors(
+        self,
+        batch: Batch,
+        control: Tensor,
+        lowrank: Tensor,
+        direction: Tensor,
+        squares: Tensor,
+        norms: Tensor,
+        factors: Tensor,
+        apollo: ApolloOptions,
+    ) -> None:
+        self._native.cuda_gradient_factors(
+            self._native_batch(batch),
+            *(tensor.data_ptr() for tensor in (control, lowrank, direction, squares, norms, factors)),
+            apollo.scaling == "tensor",
+            math.sqrt(apollo.scale) if apollo.scale_front else 1.0,
+            apollo.norm_growth_limit or 0.0,
+            *self._queue(batch.device),
+        )
+
+    def scaled_gradient_update(self, batch: Batch, control: Tensor, factors: Tensor) -> None:
+        self._native.cuda_scaled_gradient_update(
+            self._native_batch(batch), control.data_ptr(), factors.data_ptr(), *self._queue(batch.device)
+        )
+
+    def random_basis(self, drawn: Tensor, basis: RandomBasis, magnitudes: Tensor) -> None:
+        queue = self._queue(drawn.device)
+        self._native.cuda_random_basis(drawn.data_ptr(), *drawn.shape, basis.seed, magnitudes.data_ptr(), *queue)
 
     def in_one_pass(self, batch: Batch) -> bool:
         return bool(self._native.cuda_in_one_pass(self._native_batch(batch), self._queue(batch.device)[0]))
@@ -152,13 +198,17 @@ class CudaStages:
         return values
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _typed(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
 
 
 def _moments(state: AdamState) -> tuple[int, ...]:
     moments = (state.exp_avg, state.exp_avg_sq, state.exp_avg_absmax, state.exp_avg_sq_absmax)
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in moments)
+    return tuple(map(_address, moments))
 
 
 def _scalar(scalar: Tensor | None) -> tuple[int, bool]:
@@ -200,6 +250,8 @@ def make_backend(native: Any, device_type: str) -> Backend:
             "adam8bit_update": pipeline.adam8bit_update,
             "galore_update": pipeline.galore_update,
             "lowrank_update": pipeline.lowrank_update,
+            "apollo_update": pipeline.apollo_update,
+            "random_basis": pipeline.random_basis,
             "rotate_moments": pipeline.rotate_moments,
         },
         refuses=refuses,

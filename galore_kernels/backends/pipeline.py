@@ -4,6 +4,7 @@
     prepare -> galore_update                                           the same in one pass, where the stages offer it
     prepare -> scale_and_check -> lowrank_adam -> back_project_update  lowrank_update
     prepare -> adam_update                                             adam8bit_update
+    prepare -> project -> lowrank_adam -> gradient_factors -> scaled_gradient_update         apollo_update
 
 Nothing is read back from the device. What a launch has to know of another lies in the *control*: one row of
 ``CONTROL_WORDS`` 32-bit words for each tensor, written by ``prepare``.
@@ -11,223 +12,23 @@ Nothing is read back from the device. What a launch has to know of another lies 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from galore_kernels.backends.batch import TABLE_COLUMNS, Batch, make_batch, new_control, with_gradients
 from galore_kernels.backends.reference.rotate_moments import rotate_moments
+from galore_kernels.backends.stages import Stages
 from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.apollo_update import ApolloOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
-from galore_kernels.ops.projection import long_short
-
-#: int8 and uint8 are the codes of bases in the formats "int8" and "int4".
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
-SIDE_CODES = {"right": 0, "left": 1}
-
-#: 32-bit words of a tensor's control row: the eight floats of AdamCoefficients in their order (csrc/core/adam.h), the
-#: skip flag (0 go on, 1 the gradient is not representable, 2 found_inf), the panels that have arrived, the number of
-#: the step being taken as two words, and four to round the row to 64 bytes.
-CONTROL_WORDS = 16
+from galore_kernels.ops.random_basis import RandomBasis, magnitudes
 
 #: Low-rank gradients and directions of a group are kept for as many tensors at a time as fit into this.
 WORKSPACE_BYTES = 256 * 2**20
-
-#: Columns of a table of addresses; the gradients' is the last.
-TABLE_COLUMNS = 12
-
-#: Columns that point to data, which the kernels may load as vectors.
-_DATA_COLUMNS = 8
-
-#: What the kernels' vector loads need of every address, and of the bytes in a row.
-ALIGNMENT = 16
-
-
-@dataclass(frozen=True)
-class Batch:
-    """N tensors of one shape as the kernels see them.
-
-    Attributes:
-        addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
-            basis_scale, weight_scale, step, skipped, and the rounding seed; 0 where there is none.
-        gradients: the gradients' addresses; none before ``with_gradients``.
-        table: both as an int64 tensor (N, TABLE_COLUMNS) on the device; None for a single tensor, whose row travels
-            with the launch.
-        shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
-        moments: elements of each moment.
-        weight_dtype: of the weight; int8 for codes, which have a ``weight_scale``.
-        basis_dtype: of the basis, or of its codes: int8, or uint8 for two 4-bit codes in a byte.
-        fixed_aligned: whether every address and every row of weight, moments and basis is a multiple of 16 bytes; rows
-            of codes, of eight codes.
-        aligned: the same of the gradients too.
-    """
-
-    addresses: tuple[tuple[int, ...], ...]
-    gradients: tuple[int, ...]
-    table: Tensor | None
-    shape: tuple[int, int]
-    rank: int
-    side: str
-    moments: int
-    weight_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    basis_dtype: torch.dtype
-    eight_bit: bool
-    stochastic: bool
-    fixed_aligned: bool
-    aligned: bool
-    device: torch.device
-
-    def parts(self, size: int) -> Iterator[Batch]:
-        """The batch in pieces of at most ``size`` tensors."""
-        for first in range(0, self.count, size):
-            part = slice(first, first + size)
-            table = None if self.table is None else self.table[part]
-            yield replace(self, addresses=self.addresses[part], gradients=self.gradients[part], table=table)
-
-    @property
-    def count(self) -> int:
-        """Number of tensors."""
-        return len(self.addresses)
-
-    @property
-    def factor_dtype(self) -> torch.dtype:
-        """Dtype that the basis is multiplied in, and the direction stored: the basis', or the weight's for codes.
-
-        Where both are codes, bfloat16.
-        """
-        if self.basis_dtype.is_floating_point:
-            return self.basis_dtype
-        return torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype
-
-    def long_short(self) -> tuple[int, int]:
-        """(L, S) of the matrices."""
-        return long_short(self.shape, self.side)
-
-
-class Stages(Protocol):
-    """What a device backend implements. Every method only enqueues work on the current stream of the device.
-
-    ``control`` is int32 (N, CONTROL_WORDS), ``lowrank`` float32 (N, elements), ``direction`` (N, elements) of float32
-    or of ``Batch.factor_dtype``. A stage after ``prepare`` changes nothing of a tensor whose skip flag is set. Of a
-    quantized basis ``project`` multiplies its sums, and ``lowrank_adam`` the direction, by the columns' scales.
-    """
-
-    def write_column(self, table: Tensor, column: int, values: Sequence[int]) -> None:
-        """table[:, column] = values, from the host, which does not wait; a CUDA graph can hold it."""
-
-    def prepare(self, batch: Batch, control: Tensor, options: AdamOptions, scale: float) -> None:
-        """Fills the control rows: the coefficients, the skip flag from ``found_inf``, the step's number."""
-
-    def project_splits(self, batch: Batch) -> int:
-        """Into how many parts ``project`` should cut the short dimension, so that the device is busy."""
-
-    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
-        """lowrank = projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be.
-
-        ``partial``: float32 (splits, N, elements) for the sums of the parts; None if there is one part.
-        """
-
-    def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
-        """lowrank = source (N, elements) scaled and signed, and the skip flag. Both may be the same tensor."""
-
-    def lowrank_adam(self, batch: Batch, control: Tensor, lowrank: Tensor, direction: Tensor) -> None:
-        """Updates moments, ``step`` and ``skipped``; direction = Adam's direction, times the columns' scales.
-
-        It may be ``lowrank`` itself.
-        """
-
-    def back_project_update(self, batch: Batch, control: Tensor, direction: Tensor) -> None:
-        """The weights, from the (L, r) direction; int8 ones' scales too."""
-
-    def adam_update(self, batch: Batch, control: Tensor) -> None:
-        """Full rank: checks the gradients, then updates weights, moments, ``step`` and ``skipped``."""
-
-    def in_one_pass(self, batch: Batch) -> bool:
-        """Whether ``galore_update`` takes this batch, and is the faster way. It takes no int8 weights."""
-
-    def galore_update(self, batch: Batch, control: Tensor) -> None:
-        """project, lowrank_adam and back_project_update in one launch."""
-
-    def rotate_moments(
-        self, source: AdamState, target: AdamState, rotation: Tensor, beta1: float, beta2: float
-    ) -> None:
-        """The moments of ``target`` from those of ``source``: see ``galore_kernels.ops.rotate_moments``."""
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _row(
-    param: Tensor,
-    weight_scale: Tensor | None,
-    basis: Tensor | None,
-    basis_scale: Tensor | None,
-    state: AdamState,
-    seed: int | None,
-) -> tuple[int, ...]:
-    tensors = (
-        param,
-        basis,
-        state.exp_avg,
-        state.exp_avg_sq,
-        state.exp_avg_absmax,
-        state.exp_avg_sq_absmax,
-        basis_scale,
-        weight_scale,
-        state.step,
-        state.skipped,
-    )
-    return (*map(_address, tensors), seed or 0)
-
-
-def make_batch(group: UpdateGroup) -> Batch:
-    """The batch of a group, without a table and without gradients: see ``with_gradients``."""
-    param, state = group.params[0], group.states[0]
-    seeds = group.rounding_seeds or (None,) * len(group.params)
-    bases = group.bases or (None,) * len(group.params)
-    scales = group.basis_scales or (None,) * len(group.params)
-    weight_scales = group.weight_scales or (None,) * len(group.params)
-    basis, basis_scale = bases[0], scales[0]
-    rows = zip(group.params, weight_scales, bases, scales, group.states, seeds, strict=True)
-    addresses = tuple(_row(*row) for row in rows)
-    rank = 0 if basis is None else basis.shape[1] if basis_scale is None else basis_scale.shape[0]
-    basis_dtype = torch.float32 if basis is None else basis.dtype
-    # Codes are loaded eight at a time: 16 bytes of what they become, in 16 bits.
-    widths = (param.element_size(), basis_dtype.itemsize if basis_scale is None else 2)
-    pitches = [] if basis is None else [param.shape[1] * widths[0], rank * widths[1]]
-    data = [address for row in addresses for address in row[:_DATA_COLUMNS]]
-    return Batch(
-        addresses=addresses,
-        gradients=(),
-        table=None,
-        shape=(param.shape[0], param.shape[1]) if basis is not None else (param.numel(), 1),
-        rank=rank,
-        side=group.side,
-        moments=state.exp_avg.numel(),
-        weight_dtype=param.dtype,
-        grad_dtype=param.dtype,
-        basis_dtype=basis_dtype,
-        eight_bit=state.exp_avg_absmax is not None,
-        stochastic=group.rounding_seeds is not None,
-        fixed_aligned=not any(x % ALIGNMENT for x in (*pitches, *data)),
-        aligned=False,
-        device=param.device,
-    )
-
-
-def with_gradients(batch: Batch, grads: Sequence[Tensor]) -> Batch:
-    """The batch with these contiguous gradients; their column in a table is as it was."""
-    gradients = tuple([grad.data_ptr() for grad in grads])
-    dtype = grads[0].dtype
-    if gradients == batch.gradients and dtype == batch.grad_dtype:
-        return batch
-    pitch = batch.shape[1] * dtype.itemsize if batch.rank else 0
-    aligned = batch.fixed_aligned and not any(x % ALIGNMENT for x in (pitch, *gradients))
-    return replace(batch, gradients=gradients, grad_dtype=dtype, aligned=aligned)
 
 
 @dataclass(frozen=True)
@@ -247,6 +48,30 @@ class _Scratch:
     def first(self, count: int) -> _Scratch:
         """The part of ``count`` tensors."""
         return _Scratch(self.control[:count], self.lowrank[:count], self.direction[:count])
+
+
+@dataclass(frozen=True)
+class _ApolloScratch:
+    """The same for ``apollo_update``."""
+
+    control: Tensor
+    lowrank: Tensor
+    direction: Tensor
+    squares: Tensor
+    norms: Tensor
+    factors: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, count: int) -> _ApolloScratch:
+        """For up to ``count`` tensors of the batch at a time."""
+        lowrank = torch.empty((count, batch.moments), dtype=torch.float32, device=batch.device)
+        squares = torch.empty((count, batch.long_short()[0]), dtype=torch.float32, device=batch.device)
+        rows = torch.empty_like(squares), torch.empty_like(squares)
+        return cls(new_control(batch)[:count], lowrank, torch.empty_like(lowrank), squares, *rows)
+
+    def first(self, count: int) -> _ApolloScratch:
+        """The part of ``count`` tensors."""
+        return _ApolloScratch(*(getattr(self, field.name)[:count] for field in fields(self)))
 
 
 class _LongSide:
@@ -276,16 +101,12 @@ class _LongSide:
         self.direction.copy_(self._long.view_as(self.direction))
 
 
-def new_control(batch: Batch) -> Tensor:
-    """Control rows, to be filled by ``Stages.prepare``."""
-    return torch.empty((batch.count, CONTROL_WORDS), dtype=torch.int32, device=batch.device)
-
-
 class Pipeline:
     """The operations on tensors of a device, from a backend's stages."""
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
+        self._magnitudes: dict[tuple[str, torch.device], Tensor] = {}
 
     def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
         """Contract: ``galore_kernels.ops.adam8bit_update``."""
@@ -341,6 +162,40 @@ class Pipeline:
         self._from_lowrank(batch, scratch, long_side)
         _write_back(param, weight)
 
+    def apollo_update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor | RandomBasis,
+        state: AdamState,
+        scaled_norm: Tensor,
+        options: AdamOptions,
+        apollo: ApolloOptions,
+        side: str,
+        weight_scale: Tensor | None = None,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.apollo_update``."""
+        weight, grad = param.contiguous(), grad.contiguous()
+        group = UpdateGroup(
+            "apollo_update",
+            (weight,),
+            (state,),
+            (basis,),
+            side,
+            rounding_seeds=_seeds(options),
+            weight_scales=_scales(weight_scale),
+            scaled_norms=(scaled_norm,),
+            apollo=apollo,
+        )
+        self.scaled(with_gradients(make_batch(group, self.magnitudes(group)), (grad,)), options, apollo)
+        _write_back(param, weight)
+
+    def random_basis(self, short: int, basis: RandomBasis, device: torch.device) -> Tensor:
+        """Contract: ``galore_kernels.ops.random_basis``."""
+        drawn = torch.empty((short, basis.rank), dtype=torch.bfloat16, device=device)
+        self.stages.random_basis(drawn, basis, self._magnitudes_of(basis.family, device))
+        return drawn
+
     def rotate_moments(
         self,
         source: AdamState,
@@ -359,6 +214,26 @@ class Pipeline:
     def group(self, group: UpdateGroup) -> GroupUpdate:
         """The update of a group: see ``galore_kernels.ops.group``."""
         return _PreparedGroup(self, group)
+
+    def magnitudes(self, group: UpdateGroup) -> Tensor | None:
+        """``Batch.magnitudes`` of a group; None if its bases are not drawn."""
+        basis = group.bases[0] if group.bases else None
+        if not isinstance(basis, RandomBasis):
+            return None
+        return self._magnitudes_of(basis.family, group.params[0].device)
+
+    def _magnitudes_of(self, family: str, device: torch.device) -> Tensor:
+        known = self._magnitudes.get((family, device))
+        if known is not None:
+            return known
+        values = magnitudes(family).to(torch.bfloat16)
+        if _capturing(device):
+            # A graph can't hold a copy from memory that the host may free, and what it writes is its own.
+            table = torch.empty_like(values, device=device)
+            self.stages.write_column(table.view(torch.int64).view(-1, 1), 0, values.view(torch.int64).tolist())
+            return table
+        self._magnitudes[family, device] = values.to(device)  # waits: any stream may read it from now on
+        return self._magnitudes[family, device]
 
     def tabled(self, batch: Batch) -> Batch:
         """``batch`` with a table of its own."""
@@ -391,6 +266,25 @@ class Pipeline:
             self.stages.project(part, scratch.control, scratch.lowrank, partial, final=True)
             self._from_lowrank(part, scratch)
 
+    def scaled(self, batch: Batch, options: AdamOptions, apollo: ApolloOptions) -> None:
+        """From gradient to weight with the gradient's own directions, scaled by what the subspace's moments say."""
+        bytes_each = 2 * batch.moments * torch.float32.itemsize
+        at_once = _that_fit(batch, bytes_each)
+        all_scratch = _ApolloScratch.of(batch, at_once)
+        stages, root = self.stages, math.sqrt(apollo.scale)
+        for part, partial, partial_squares in [
+            (part, self._partial_sums(part), self._partial_squares(part)) for part in batch.parts(at_once)
+        ]:
+            own = all_scratch.first(part.count)
+            lowrank, direction, squares = own.lowrank, own.direction, own.squares
+            stages.prepare(part, own.control, options, root)
+            stages.project(
+                part, own.control, lowrank, partial, final=True, squares=squares, partial_squares=partial_squares
+            )
+            stages.lowrank_adam(part, own.control, lowrank, direction)
+            stages.gradient_factors(part, own.control, lowrank, direction, squares, own.norms, own.factors, apollo)
+            stages.scaled_gradient_update(part, own.control, own.factors)
+
     def already_projected(self, batch: Batch, grads: Sequence[Tensor], options: AdamOptions, scale: float) -> None:
         """From low-rank gradients to weights."""
         at_once = _at_once(batch)
@@ -413,11 +307,16 @@ class Pipeline:
         self._from_lowrank(batch, scratch, long_side)
 
     def _partial_sums(self, batch: Batch) -> Tensor | None:
+        return self._of_splits(batch, batch.long_short()[0] * batch.rank)
+
+    def _partial_squares(self, batch: Batch) -> Tensor | None:
+        return self._of_splits(batch, batch.long_short()[0])
+
+    def _of_splits(self, batch: Batch, elements: int) -> Tensor | None:
         splits = self.stages.project_splits(batch)
         if splits == 1:
             return None
-        shape = (splits, batch.count, batch.long_short()[0] * batch.rank)
-        return torch.empty(shape, dtype=torch.float32, device=batch.device)
+        return torch.empty((splits, batch.count, elements), dtype=torch.float32, device=batch.device)
 
     def _from_lowrank(self, batch: Batch, scratch: _Scratch, long_side: _LongSide | None = None) -> None:
         direction = scratch.direction
@@ -428,9 +327,16 @@ class Pipeline:
         self.stages.back_project_update(batch, scratch.control, direction)
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _at_once(batch: Batch) -> int:
     """Tensors whose low-rank gradients and directions fit into the scratch memory."""
-    bytes_each = batch.moments * (torch.float32.itemsize + batch.factor_dtype.itemsize)
+    return _that_fit(batch, batch.moments * (torch.float32.itemsize + batch.factor_dtype.itemsize))
+
+
+def _that_fit(batch: Batch, bytes_each: int) -> int:
     return min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
 
 
@@ -452,7 +358,7 @@ class _PreparedGroup:
 
     def __init__(self, pipeline: Pipeline, group: UpdateGroup) -> None:
         self._pipeline, self._group = pipeline, group  # the group's tensors stay where the batch says they are
-        self._batch = make_batch(group)
+        self._batch = make_batch(group, pipeline.magnitudes(group))
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
         if self._group.operation == "lowrank_update":
@@ -471,5 +377,7 @@ class _PreparedGroup:
         self._batch = batch
         if self._group.operation == "adam8bit_update":
             self._pipeline.full_rank(batch, options)
+        elif self._group.apollo is not None:
+            self._pipeline.scaled(batch, options, self._group.apollo)
         else:
             self._pipeline.projected(batch, options, self._group.scale)

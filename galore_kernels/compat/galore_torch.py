@@ -7,48 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_kernels.compat.import_state import import_state_dict, is_own
+from galore_kernels.compat.drop_in import DropIn, expect_default
 from galore_kernels.optim import GaLoreFusedAdafactor, GaLoreFusedAdam8bit, GaLoreFusedAdamW
-from galore_kernels.optim.base import LowRankOptimizer
 
 __all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit"]
 
 
-class _DropIn(LowRankOptimizer):
-    """What galore_torch's groups mean: those with ``rank`` hold matrices, all others are at full rank."""
-
-    def _check_new_params(self, group: dict[str, Any], where: str) -> None:
-        super()._check_new_params(group, where)
-        _expect_default(where, "correct_bias", group.get("correct_bias", True), True)
-        for position, entry in enumerate(group["params"] if group.get("rank") is not None else ()):
-            name, param = entry if isinstance(entry, tuple) else ("", entry)
-            if param.dim() < 2 or (param.dim() > 2 and not group.get("project_nd")):
-                named = f' ("{name}")' if name else ""
-                raise ValueError(
-                    f"{where}, parameter {position}{named}: expected a matrix in a group with rank, got shape "
-                    f"{tuple(param.shape)}; put it into a group without rank"
-                )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` gave; what galore_torch's optimizer gave is brought over.
-
-        See ``galore_kernels.compat.import_state_dict`` for the latter.
-
-        Raises:
-            ValueError: it doesn't fit, or is damaged. The message names the parameter; the optimizer is as it was.
-        """
-        if is_own(state_dict):
-            super().load_state_dict(state_dict)
-        else:
-            import_state_dict(self, state_dict)
-
-
-def _expect_default(where: str, argument: str, value: object, default: object) -> None:
-    if value is not default and value != default:
-        raise ValueError(f"{argument}={value!r} in {where}: expected {default!r}, all that is offered; leave it out")
-
-
-class GaLoreAdamW(_DropIn, GaLoreFusedAdamW):
+class GaLoreAdamW(DropIn, GaLoreFusedAdamW):
     """galore_torch's ``GaLoreAdamW``: ``GaLoreFusedAdamW`` with its signature and defaults.
 
     Groups with ``rank`` (and ``update_proj_gap``, ``scale``, ``proj_type``) are projected, all others take full-rank
@@ -86,13 +51,13 @@ class GaLoreAdamW(_DropIn, GaLoreFusedAdamW):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        _expect_default("GaLoreAdamW(...)", "correct_bias", correct_bias, True)
+        expect_default("GaLoreAdamW(...)", "correct_bias", correct_bias, True)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=None, refresh_method=refresh_method, seed=seed, backend=backend
         )
 
 
-class GaLoreAdamW8bit(_DropIn, GaLoreFusedAdam8bit):
+class GaLoreAdamW8bit(DropIn, GaLoreFusedAdam8bit):
     """galore_torch's ``GaLoreAdamW8bit``: ``GaLoreFusedAdam8bit`` with its signature and defaults.
 
     Groups and ``refresh_method`` are as ``GaLoreAdamW``'s. Neither galore_torch nor bitsandbytes has to be installed.
@@ -138,13 +103,13 @@ class GaLoreAdamW8bit(_DropIn, GaLoreFusedAdam8bit):
             ("block_wise", block_wise, True),
             ("is_paged", is_paged, False),
         ):
-            _expect_default("GaLoreAdamW8bit(...)", argument, value, default)
+            expect_default("GaLoreAdamW8bit(...)", argument, value, default)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=None, refresh_method=refresh_method, seed=seed, backend=backend
         )
 
 
-class GaLoreAdafactor(_DropIn, GaLoreFusedAdafactor):
+class GaLoreAdafactor(DropIn, GaLoreFusedAdafactor):
     """galore_torch's ``GaLoreAdafactor``: ``GaLoreFusedAdafactor`` with its signature and defaults.
 
     Groups and ``refresh_method`` are as ``GaLoreAdamW``'s.

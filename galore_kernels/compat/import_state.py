@@ -12,12 +12,10 @@ from torch import Tensor
 from galore_kernels.ops import dequantize_blockwise, quantize_blockwise
 from galore_kernels.ops.adafactor_update import moment_shapes
 from galore_kernels.ops.projection import long_short
-from galore_kernels.optim import GaLoreFusedAdafactor
 from galore_kernels.optim.base import LowRankOptimizer
-from galore_kernels.optim.galore import GaLoreAdam
 from galore_kernels.optim.options import matrix_shape
-from galore_kernels.optim.refresh import schedule_of
-from galore_kernels.optim.rules import Adafactor
+from galore_kernels.optim.refresh import drawn, schedule_of
+from galore_kernels.optim.rules import Adafactor, Adam
 from galore_kernels.optim.serialization import HEADER, add_header, check_sizes, merged_groups
 from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
@@ -48,15 +46,16 @@ def is_own(state_dict: Mapping[str, Any]) -> bool:
 def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Loads the state dict of another package's optimizer, so that its training goes on where it was.
 
-    Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, bitsandbytes' ``AdamW8bit`` (and
-    ``AdamW``), and ``torch.optim.AdamW``; for a ``GaLoreFusedAdafactor`` those of galore_torch's ``GaLoreAdafactor``
-    and transformers' ``Adafactor``. Projectors may be galore_torch's objects, as ``state_dict()`` holds them (of
-    a file, ``torch.load(path, weights_only=False)`` gives them where galore_torch is installed), or dicts of their
-    attributes. Moments are decoded, turned to long-major and, where the optimizer's are 8-bit, encoded; those in
-    bitsandbytes' format that need no turning keep their codes. A second moment of theirs that was rounded to zero
-    becomes the smallest positive one. The next refresh is at the step at which theirs would be, but for staggered and
-    adaptive schedules, which begin anew; ``subspace_report`` counts refreshes from here on, and knows no captured
-    energy before the next.
+    Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, apollo_torch's ``APOLLOAdamW``,
+    bitsandbytes' ``AdamW8bit`` (and ``AdamW``), and ``torch.optim.AdamW``; for a ``GaLoreFusedAdafactor`` those of
+    galore_torch's ``GaLoreAdafactor`` and transformers' ``Adafactor``. Projectors may be the packages' objects, as
+    ``state_dict()`` holds them (of a file, ``torch.load(path, weights_only=False)`` gives them where the package is
+    installed), or dicts of their attributes. Moments are decoded, turned to long-major and, where the optimizer's are
+    8-bit, encoded; those in bitsandbytes' format that need no turning keep their codes. A second moment of theirs that
+    was rounded to zero becomes the smallest positive one. Random bases are drawn anew: to APOLLO the import is one more
+    refresh, which leaves the moments as its own do. The next refresh is at the step at which theirs would be, but for
+    staggered and adaptive schedules, which begin anew; ``subspace_report`` counts refreshes from here on, and knows no
+    captured energy before the next.
 
     The options of a group that both packages have (``lr``, ``betas``, ``eps``, ``weight_decay``, ``update_proj_gap``,
     ``scale``, a scheduler's ``initial_lr``) become the state dict's, as with any ``load_state_dict``; others stay.
@@ -69,10 +68,10 @@ def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]
         TypeError: ``optimizer`` is none of this library's. ValueError: the state dict is of another optimizer or other
             groups, ranks or shapes, lacks fields or holds NaN. The message names the parameter; nothing has changed.
     """
-    if not isinstance(optimizer, (GaLoreAdam, GaLoreFusedAdafactor)):
+    if not (isinstance(optimizer, LowRankOptimizer) and isinstance(optimizer.rule, (Adam, Adafactor))):
         raise TypeError(
-            "optimizer: expected a GaLoreFusedAdam8bit, GaLoreFusedAdamW or GaLoreFusedAdafactor, got "
-            f"{type(optimizer).__name__}; pass the one that a wrapper wraps"
+            f"optimizer: expected one of galore_kernels, got {type(optimizer).__name__}; pass the "
+            "one that a wrapper wraps"
         )
     if is_own(state_dict):
         raise ValueError("state_dict: saved by an optimizer of galore_kernels; pass it to load_state_dict")
@@ -85,7 +84,7 @@ def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]
     state = {}
     for index, update, group in zip(indices, optimizer.listed(), merged, strict=True):
         entry = saved.get(index)
-        if entry and (step := _step(entry, update.name)):
+        if entry and set(entry) != {"seed"} and (step := _step(entry, update.name)):  # apollo_torch's before a step
             own = replace(update, group=group, layout=Layout.of(update.param, group, optimizer.rule))
             state[index] = _converted({**entry, **entry.get(_HIDDEN, {})}, step, own)
     optimizer.load_state_dict(add_header({"state": state, "param_groups": groups}, type(optimizer).__name__))
@@ -137,9 +136,15 @@ def _converted(state: Mapping[str, Any], step: int, update: Update) -> dict[str,
     entry = layout.new_state(param)
     entry["step"].fill_(step)
     entry |= (_factored_moments if isinstance(layout.rule, Adafactor) else _moments)(state, update)
-    if layout.rank is not None:
+    if layout.draws:
+        _projector(state, update)  # is what its group says
+        entry |= drawn(update, 0)
+    elif layout.rank is not None:
         for name, basis in _bases(_projector(state, update), update).items():
             entry |= layout.stored_basis(name, basis.contiguous(), param.dtype)
+    if "scaled_norm" in entry:
+        entry["scaled_norm"].copy_(_norm(state, update))
+    if layout.rank is not None:
         entry |= asdict(_record(step, update))
     return entry
 
@@ -263,6 +268,14 @@ def _bases(projector: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
                 f"to {float(lengths.max()):.3g}; it is damaged, or not galore_torch's"
             )
     return {key: basis.float() for key, basis in bases.items()}
+
+
+def _norm(state: Mapping[str, Any], update: Update) -> Tensor:
+    """That of APOLLO's last scaled gradient; 0 where its limiter was off."""
+    norm = _tensor(state, "scaled_grad", update, ()).float() if "scaled_grad" in state else torch.zeros(())
+    if not 0 <= float(norm) < float("inf"):
+        raise ValueError(f"{update.name}: scaled_grad of the state is {float(norm)}, expected a norm; it is damaged")
+    return norm
 
 
 def _record(step: int, update: Update) -> RefreshRecord:

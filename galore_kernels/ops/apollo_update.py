@@ -69,13 +69,14 @@ def apollo_update(
         u = Adam's direction of R before bias correction, from moments of shape (L, r)      see ``adam8bit_update``
         s_j = |u_j| / (|R_j| + 1e-8) for each long index j,  or one s = |u| / (|R| + 1e-8)        (section 4.1)
         n = |s g|, times sqrt(scale) with scale_front
-        l = max(n / (scaled_norm + 1e-8), limit) / limit, and 1 without a limit or where scaled_norm is 0
+        l = max(n / (scaled_norm + 1e-8), limit) / limit, and 1 without a limit or where scaled_norm <= 1e-8
         param = (param - lr sqrt(1 - beta2^t) / (1 - beta1^t) sqrt(scale) / l (s g)) (1 - lr weight_decay)
         scaled_norm = n / l
 
     where s multiplies the rows of g on side "right", the columns on side "left". n and l are computed in double, the
-    rest in float32; the weight is rounded once. ``scaled_norm`` = 0 means that no norm is known: also after a gradient
-    of zeros, behind which the reference implementation limits every step to 1e-8.
+    rest in float32; the weight is rounded once. A ``scaled_norm`` up to 1e-8 limits nothing: it is 0 before the first
+    step, and after a gradient of zeros, or of next to nothing, the growth from it would take a thousand steps to reach
+    an ordinary norm.
 
     If an element of R is NaN, infinite or beyond 1.8446743e19, or the sum of the squares of a long index of g is not
     finite, nothing changes but ``state.skipped``, which grows by one.
@@ -134,6 +135,21 @@ def check_apollo(op: str, apollo: ApolloOptions) -> None:
         fail(op, "norm_growth_limit", "finite and >= 1, or None", limit, "1.01 is the papers'")
 
 
+def check_drawn(op: str, param: Tensor, basis: RandomBasis, side: str) -> tuple[int, int]:
+    """Raises ValueError unless the weight can be projected so. Returns the shape of the low-rank gradient."""
+    check_random_basis(op, basis)
+    if param.dim() != 2:
+        fail(op, "param", "a matrix", f"{param.dim()} dimensions", "view it as (m, n)")
+    if side not in SIDES:
+        fail(op, "side", f"one of {', '.join(SIDES)}", repr(side), "choose one of them")
+    return long_short(tuple(param.shape), side)[0], basis.rank
+
+
+def check_norm(op: str, param: Tensor, scaled_norm: Tensor) -> None:
+    """Raises ValueError unless this can be the last step's norm."""
+    check_tensor(op, "scaled_norm", scaled_norm, device=param.device, dtypes=(torch.float32,), shape=())
+
+
 def _checked(
     param: Tensor,
     grad: Tensor,
@@ -164,15 +180,10 @@ def _checked(
         if basis_seed is None:
             fail("apollo_update", "basis_seed", "given where there is no basis", None, "pass a RandomBasis")
         chosen = RandomBasis(rank, basis_seed or 0, basis_family)
-        check_random_basis("apollo_update", chosen)
-        if param.dim() != 2:
-            fail("apollo_update", "param", "a matrix", f"{param.dim()} dimensions", "view it as (m, n)")
-        if side not in SIDES:
-            fail("apollo_update", "side", f"one of {', '.join(SIDES)}", repr(side), "choose one of them")
-        shape = (long_short(tuple(param.shape), side)[0], rank)
+        shape = check_drawn("apollo_update", param, chosen, side)
     check_tensor("apollo_update", "grad", grad, device=param.device, dtypes=WEIGHT_DTYPES, shape=tuple(param.shape))
     check_adam("apollo_update", param, math.prod(shape), state, options)
-    check_tensor("apollo_update", "scaled_norm", scaled_norm, device=param.device, dtypes=(torch.float32,), shape=())
+    check_norm("apollo_update", param, scaled_norm)
     return param, grad, chosen, state, scaled_norm, options, apollo, side, weight_scale
 
 

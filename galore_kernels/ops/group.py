@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from galore_kernels.ops.adam import AdamOptions, AdamState
+
+if TYPE_CHECKING:  # which import the registry, and that this
+    from galore_kernels.ops.apollo_update import ApolloOptions
+    from galore_kernels.ops.random_basis import RandomBasis
 
 
 @dataclass(frozen=True)
@@ -16,25 +20,29 @@ class UpdateGroup:
     """What the updates of N tensors share, and the tensors themselves. Checked by whoever makes it.
 
     Attributes:
-        operation: "galore_update", "lowrank_update" or "adam8bit_update".
+        operation: "galore_update", "lowrank_update", "apollo_update" or "adam8bit_update".
         params: N weights, contiguous, of one shape, dtype and device.
         states: Adam's state of each; all with 8-bit or all with float32 moments.
-        bases: the basis of each, contiguous, of one shape and dtype; empty at full rank.
-        side: "left" or "right"; of no meaning at full rank. scale: GaLore's alpha; 1 at full rank.
+        bases: the basis of each, contiguous, of one shape and dtype, or of "apollo_update" what is drawn, of one rank
+            and family; empty at full rank.
+        side: "left" or "right"; of no meaning at full rank. scale: GaLore's alpha; 1 for the other operations.
         rounding_seeds: of each for stochastic rounding, or None for rounding to nearest.
         basis_scales: of each if the bases are quantized, else empty.
         weight_scales: of each if the weights are int8, else empty.
+        scaled_norms: of each, 0-d float32, and apollo: of all; of "apollo_update" alone.
     """
 
     operation: str
     params: tuple[Tensor, ...]
     states: tuple[AdamState, ...]
-    bases: tuple[Tensor, ...] = ()
+    bases: tuple[Tensor | RandomBasis, ...] = ()
     side: str = "right"
     scale: float = 1.0
     rounding_seeds: tuple[int, ...] | None = None
     basis_scales: tuple[Tensor, ...] = ()
     weight_scales: tuple[Tensor, ...] = ()
+    scaled_norms: tuple[Tensor, ...] = ()
+    apollo: ApolloOptions | None = None
 
 
 class GroupUpdate(Protocol):

@@ -174,7 +174,7 @@ class LowRankOptimizer(OneByOne):
         lines = [f"{type(self).__name__} ({self._rule!r}, backend {self._backend_name()})"]
         for index, group in enumerate(self.param_groups):
             layouts = [self._layout(param, group) for param in group["params"] if param.requires_grad]
-            lines.append(f"  group {index}: {describe_group(group, layouts)}")
+            lines.append(f"  group {index}: {describe_group(group, layouts, self._rule)}")
         return "\n".join(lines)
 
     def _backend_name(self) -> str:

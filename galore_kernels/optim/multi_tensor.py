@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from galore_kernels.nn import WeightCodes
 from galore_kernels.ops.adam import AdamOptions, check_adam
+from galore_kernels.ops.apollo_update import check_apollo, check_drawn, check_norm
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.projection import check_projected_weight, check_projection
+from galore_kernels.ops.random_basis import RandomBasis
 from galore_kernels.ops.registry import Backend
 from galore_kernels.optim.counters import Counter, Counters
 from galore_kernels.optim.options import matrix_shape
@@ -115,6 +117,7 @@ def observe(
         list(map(Tensor.is_inference, present)),
         list(map(id, states)),
         [id(value) for state in own for value in state.values() if type(value) is Tensor],
+        [state.get("basis_seed") for state in own],
         list(map(Tensor.data_ptr, chain.from_iterable(map(_moments, own)))),
     )
 
@@ -162,17 +165,14 @@ class PlannedGroup:
             # A view would keep the memory of a parameter that has moved: none is made where the shape fits.
             params=tuple(w if self._shape is None else w.detach().view(self._shape) for w in self.weights),
             states=tuple(map(adam_state, own)),
-            bases=() if side is None else tuple(state["basis"] for state in own),
-            side=side or "right",
-            scale=1.0 if side is None else float(first.group["scale"]),
             rounding_seeds=seeds or None,
-            basis_scales=tuple(state["basis_scale"] for state in own if "basis_scale" in state),
             weight_scales=tuple(scale for member in members if (scale := member.weight_scale) is not None),
+            **first.layout.rule.group_fields(first.group, first.layout, own),
         )
         _check(group, options)
         self._update = backend.group(group)
         self.counters = counters.watch(own)
-        self._states = own if group.operation == "galore_update" else None
+        self._states = own if group.operation in ("galore_update", "apollo_update") else None
         # The replays of a graph count unseen: then every call has to ask.
         self._always_ask = any(counter.captured for counter in self.counters)
         self._ask_at = 0
@@ -335,6 +335,11 @@ def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters)
         bases = update.layout.bases if update.layout.basis_format is None else ()
         if counters.of(state) is None:
             raise RuntimeError(f"{update.name}: its step is not known; take a step outside of the capture before it")
+        if update.layout.draws:
+            raise RuntimeError(
+                f"{update.name}: its basis is drawn from a seed, which a CUDA graph would hold over the next refresh; "
+                'take its steps outside of the capture, or pass proj="svd"'
+            )
         if any(state[name].dtype != dtype for name in bases):
             raise RuntimeError(
                 f"{update.name}: its basis is {state['basis'].dtype}, its next one will be {dtype}, in other memory; "
@@ -349,10 +354,16 @@ def _check(group: UpdateGroup, options: AdamOptions) -> None:
     weight_scales = group.weight_scales or (None,) * len(group.params)
     seeds = group.rounding_seeds or (None,) * len(group.params)
     each = zip(group.params, group.states, bases, scales, weight_scales, seeds, strict=True)
+    if group.apollo is not None:
+        check_apollo(group.operation, group.apollo)
+        for param, norm in zip(group.params, group.scaled_norms, strict=True):
+            check_norm(group.operation, param, norm)
     for param, state, basis, basis_scale, weight_scale, seed in each:
         check_projected_weight(group.operation, param, weight_scale, replace(options, rounding_seed=seed))
         numel = param.numel()
-        if basis is not None:
+        if isinstance(basis, RandomBasis):
+            numel = math.prod(check_drawn(group.operation, param, basis, group.side))
+        elif basis is not None:
             shape = check_projection(group.operation, param, basis, None, basis_scale, group.side, group.scale)
             numel = math.prod(shape)
         check_adam(group.operation, param, numel, state, options)

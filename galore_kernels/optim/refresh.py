@@ -123,7 +123,7 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
         return {"next_refresh": again.next_refresh, "interval": again.interval} if record.refreshes else {}
     changed: Changes = {}
     if update.layout.draws:
-        changed["basis_seed"] = derived_seed(group["seed"], update.index, "basis", record.refreshes)
+        changed |= drawn(update, record.refreshes)
     for name, subspace in found.items():
         changed |= update.layout.stored_basis(name, subspace.basis, update.param.dtype)
     overlap, moments = 0.0, group["moments_on_refresh"]
@@ -150,6 +150,11 @@ def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, b
     )
     planned = schedule.planned(record, 0, elapsed=counted - step) if reset else schedule.planned(record, step)
     return changed | asdict(planned)
+
+
+def drawn(update: Update, refreshes: int) -> Changes:
+    """The entry of the state that says which basis it has after so many others."""
+    return {"basis_seed": derived_seed(update.group["seed"], update.index, "basis", refreshes)}
 
 
 def _rotated(

@@ -191,8 +191,9 @@ def _describe_ranks(group: Mapping[str, Any], ranks: list[int]) -> str:
     return f"ranks {chosen}, in {group['rank_budget']} bytes"
 
 
-def _describe_refresh(group: Mapping[str, Any]) -> str:
-    parts = [f"refreshed every {group['update_proj_gap']} steps", group["refresh_method"]]
+def _describe_refresh(group: Mapping[str, Any], rule: Rule) -> str:
+    parts = [f"refreshed every {group['update_proj_gap']} steps"]
+    parts.append("drawn" if rule.draws(group) else group["refresh_method"])
     if group["refresh_schedule"] != "periodic":
         parts.append(group["refresh_schedule"])
     parts += [name for key, name in (("warm_start", "warm"), ("async_refresh", "asynchronous")) if group[key]]
@@ -203,7 +204,7 @@ def _describe_refresh(group: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
+def describe_group(group: Mapping[str, Any], layouts: list[Layout], rule: Rule) -> str:
     """One line of what a group does, for the optimizer's repr."""
     ranks = sorted({layout.rank for layout in layouts if layout.rank is not None})
     projected = sum(layout.rank is not None for layout in layouts)
@@ -211,7 +212,7 @@ def describe_group(group: Mapping[str, Any], layouts: list[Layout]) -> str:
     if projected:
         parts.append(
             f"{projected} projected to {_describe_ranks(group, ranks)} ({group['proj_type']}, scale "
-            f"{float(group['scale']):g}, {_describe_refresh(group)})"
+            f"{float(group['scale']):g}, {_describe_refresh(group, rule)})"
         )
     if projected < len(layouts):
         parts.append(f"{len(layouts) - projected} at full rank")

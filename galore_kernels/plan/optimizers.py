@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -92,7 +93,9 @@ def _our_state(
             for _ in range(count)
         ]
 
-    group = {"params": tensors(True), "rank": rank, "proj_type": proj_type, "basis_format": basis_format}
+    group: dict[str, Any] = {"params": tensors(True), "rank": rank, "proj_type": proj_type}
+    if basis_format is not None:
+        group["basis_format"] = basis_format
     optimizer = getattr(galore_kernels, class_name)([group, {"params": tensors(False)}])
     group = optimizer.param_groups[0]
     states = (optimizer._layout(param, group).new_state(param) for param in group["params"])
@@ -107,6 +110,27 @@ def _ours(class_name: str) -> Memory:
 
     every = ("fp32", "bf16", "int8", "dense", "factored")
     return Memory(class_name, state, _our_update, refresh_bytes, every)
+
+
+def _our_apollo(class_name: str, label: str, rank: int | None = None) -> Memory:
+    """It draws its bases, and scales gradients that have to be there."""
+
+    def state(settings: Settings) -> tuple[int, int]:
+        return _our_state(settings.shape, settings.dtype, settings.rank, settings.proj_type, None, class_name)
+
+    return Memory(label, state, _our_apollo_update, rank=rank)
+
+
+def _our_apollo_update(settings: Settings, params: Sequence[Parameter]) -> int:
+    """As GaLore's; on a CPU with the basis, which is drawn for one update, on a GPU with the direction in float32."""
+
+    def scratch(param: Parameter) -> int:
+        lowrank, rank = _low_rank(settings, param.matrix), settings.rank_of(param.matrix)
+        if settings.device == "cpu":
+            return _our_scratch(settings, param) + settings.long_short(param.matrix)[1] * rank * 2
+        return min(param.count, max(1, WORKSPACE_BYTES // (2 * lowrank * _FLOAT))) * 2 * lowrank * _FLOAT
+
+    return max((scratch(param) for param in params if param.projected), default=0)
 
 
 def _our_update(settings: Settings, params: Sequence[Parameter]) -> int:
@@ -209,9 +233,9 @@ def _q_galore_basis(settings: Settings, matrix: Matrix) -> int:
     return elements // 2 + -(-elements // BLOCK_SIZE) * _FLOAT
 
 
-def _no_basis(settings: Settings, matrix: Matrix) -> int:
-    """It is drawn anew from a seed: 2 L r + 2 numbers in all (Zhu et al., arXiv 2412.05270, table 1)."""
-    return 0
+def _apollo_torch_basis(settings: Settings, matrix: Matrix) -> int:
+    """(S, r) in the gradient's dtype, which it keeps though a seed would do (Zhu et al., arXiv 2412.05270, table 1)."""
+    return settings.long_short(matrix)[1] * settings.rank_of(matrix) * settings.dtype.itemsize
 
 
 def _galore_torch_update(settings: Settings, params: Sequence[Parameter]) -> int:
@@ -268,8 +292,10 @@ OPTIMIZERS: dict[str, Memory] = {
     "galore_torch8bit": Memory(
         "galore_torch AdamW8bit", _low_rank_state(_two_8bit, _galore_torch_basis), _galore_torch8bit_update, _full_svd
     ),
-    "apollo": Memory("APOLLO", _low_rank_state(_two_own, _no_basis), _apollo_update),
-    "apollo_mini": Memory("APOLLO-Mini", _low_rank_state(_two_own, _no_basis), _apollo_update, rank=1),
+    "apollo8bit": _our_apollo("APOLLOFusedAdam8bit", "APOLLOFusedAdam8bit"),
+    "apollo": _our_apollo("APOLLOFusedAdamW", "APOLLOFusedAdamW"),
+    "apollo_mini": _our_apollo("APOLLOFusedAdam8bit", "APOLLOFusedAdam8bit, Mini", rank=1),
+    "apollo_torch": Memory("apollo_torch APOLLOAdamW", _low_rank_state(_two_own, _apollo_torch_basis), _apollo_update),
     "q_galore": Memory(
         "Q-GaLore",
         _low_rank_state(_two_8bit, _q_galore_basis),

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     galore.add_argument("--update-proj-gap", type=int, help="steps between refreshes of the bases")
     galore.add_argument("--scale", type=float)
     galore.add_argument("--proj-type", help="as in galore_torch (default: std)")
-    ours = parser.add_argument_group("refresh of the subspace (galore8bit, galore, galore_adafactor)")
+    ours = parser.add_argument_group("refresh of the subspace (ours)")
     ours.add_argument("--refresh-method", help="how a basis is found: randomized (default) or svd")
     ours.add_argument("--refresh-schedule", help="periodic (default), staggered or adaptive")
     ours.add_argument("--warm-start", action=argparse.BooleanOptionalAction, help="search from the previous basis")
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--moments-on-refresh", help="keep (default), rotate or reset")
     ours.add_argument("--basis-format", help="int8 or int4 (default: the weights' dtype)")
 
-    memory = parser.add_argument_group("memory (galore8bit, galore, galore_adafactor)")
+    memory = parser.add_argument_group("memory (ours)")
     memory.add_argument("--gradients", choices=GRADIENTS, help="factored: of matrices in their subspace only")
     memory.add_argument("--updates", choices=UPDATES, help="layerwise: inside the backward pass, gradients freed")
     memory.add_argument("--weights", choices=WEIGHTS, help="int8: of matrices, with --gradients factored")

@@ -11,7 +11,7 @@ from typing import Any
 from galore_kernels.quantizers import BASIS_FORMATS
 from galore_kernels.subspace import MOMENTS_ON_REFRESH, PROJ_TYPES, REFRESH_METHODS, REFRESH_SCHEDULES
 
-from .presets import PRESETS
+from .presets import PRESETS, Preset
 
 __all__ = [
     "DTYPES",
@@ -27,14 +27,26 @@ __all__ = [
     "differences",
 ]
 
-OURS = ("galore8bit", "galore", "galore_adafactor")
-OPTIMIZERS = (*OURS, "adamw", "adamw8bit", "galore_torch", "galore_torch8bit")
+GALORE = ("galore8bit", "galore", "galore_adafactor")
+APOLLO = ("apollo8bit", "apollo", "apollo_mini")
+OURS = (*GALORE, *APOLLO)
+OPTIMIZERS = (*OURS, "adamw", "adamw8bit", "galore_torch", "galore_torch8bit", "apollo_torch")
 FULL_RANK = ("adamw", "adamw8bit")
 GRADIENTS = ("dense", "factored")
 UPDATES = ("whole", "layerwise")
 WEIGHTS = ("float", "int8")
 DTYPES = ("float32", "bfloat16")
 SPLITS = ("file", "window")
+
+
+def _is_apollo(optimizer: str) -> bool:
+    return optimizer.startswith("apollo")
+
+
+def _learning_rate(optimizer: str, preset: Preset) -> float:
+    if optimizer in FULL_RANK:
+        return preset.adam_lr
+    return preset.apollo_lr if _is_apollo(optimizer) else preset.galore_lr
 
 
 class PretrainError(RuntimeError):
@@ -111,11 +123,11 @@ class Config:
             "preset": name,
             "optimizer": optimizer,
             "warmup": round(preset.warmup_fraction * steps),
-            "lr": preset.adam_lr if optimizer in FULL_RANK else preset.galore_lr,
+            "lr": _learning_rate(optimizer, preset),
             "weight_decay": 0.0,
             "eps": 1e-8,
             "clip": 0.0,
-            "scale": 0.25,
+            "scale": 128.0 if optimizer == "apollo_mini" else 1.0 if _is_apollo(optimizer) else 0.25,
             "proj_type": "std",
             "refresh_method": "randomized",
             "refresh_schedule": "periodic",
@@ -134,6 +146,8 @@ class Config:
             "tokenizer": None,
         }
         values |= {key: value for key, value in dataclasses.asdict(preset).items() if key in fields}
+        if optimizer == "apollo_mini":
+            values["rank"] = 1
         values |= given
         values["text"] = tuple(values["text"])
         if "dataset_tokens" not in given:  # each token once
@@ -162,13 +176,17 @@ class Config:
             ("weights", WEIGHTS),
         ):
             self._expect(key, getattr(self, key) in choices, "one of " + ", ".join(filter(None, choices)))
+        if self.optimizer in APOLLO:  # whose bases are drawn
+            self._expect("refresh_schedule", self.refresh_schedule != "adaptive", "periodic or staggered with APOLLO")
+            for key in ("warm_start", "async_refresh", "basis_format"):
+                self._expect(key, not getattr(self, key), "none with APOLLO")
+            self._expect("moments_on_refresh", self.moments_on_refresh != "rotate", "keep or reset with APOLLO")
         both = self.proj_type == "full"
         self._expect("basis_format", self.basis_format is None or not both, "none with --proj-type full")
-        rotates = self.optimizer != "galore_adafactor"
-        possible = self.moments_on_refresh != "rotate" or rotates
-        self._expect("moments_on_refresh", possible, f"keep or reset with --optimizer {self.optimizer}")
-        ours = self.optimizer in OURS
-        self._expect("gradients", self.gradients == "dense" or ours, f"dense with --optimizer {self.optimizer}")
+        if self.optimizer == "galore_adafactor":
+            self._expect("moments_on_refresh", self.moments_on_refresh != "rotate", "keep or reset with Adafactor")
+        ours, galore = self.optimizer in OURS, self.optimizer in GALORE
+        self._expect("gradients", self.gradients == "dense" or galore, f"dense with --optimizer {self.optimizer}")
         self._expect("gradients", self.gradients == "dense" or not both, "dense with --proj-type full")
         self._expect("updates", self.updates == "whole" or ours, f"whole with --optimizer {self.optimizer}")
         factored = self.gradients == "factored"

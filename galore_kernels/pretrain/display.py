@@ -103,14 +103,17 @@ def title(header: dict[str, Any]) -> str:
 
 
 def describe_subspaces(entry: dict[str, Any]) -> str:
-    """The layers' means of captured energy and overlap, and the range of their intervals."""
-    layers = entry["layers"].values()
-    overlaps = [layer["overlap"] for layer in layers if layer["overlap"] is not None]
-    intervals = [layer["interval"] for layer in layers]
+    """The layers' means of captured energy and overlap where bases are found, and the range of their intervals."""
+    captured, overlaps, intervals = (
+        [layer[key] for layer in entry["layers"].values() if layer[key] is not None]
+        for key in ("captured", "overlap", "interval")
+    )
     low, high = min(intervals), max(intervals)
-    captured, overlap = _mean([layer["captured"] for layer in layers]), _mean(overlaps) if overlaps else math.nan
-    interval = f"{low}" if low == high else f"{low} to {high}"
-    return f"captured {captured:.3f}  overlap {overlap:.2f}  interval {interval}"
+    interval = f"interval {low}" if low == high else f"interval {low} to {high}"
+    if not captured:
+        return f"drawn at random  {interval}"
+    overlap = _mean(overlaps) if overlaps else math.nan
+    return f"captured {_mean(captured):.3f}  overlap {overlap:.2f}  {interval}"
 
 
 def _mean(values: list[float]) -> float:

@@ -53,7 +53,7 @@ def subspace_report(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any
 
 def package_versions() -> dict[str, str]:
     """Version of every package that has a say in the result, ``"not installed"`` included."""
-    names = ("galore-kernels", "torch", "transformers", "numpy", "bitsandbytes", "galore-torch")
+    names = ("galore-kernels", "torch", "transformers", "numpy", "bitsandbytes", "galore-torch", "apollo-torch")
     return {name: _version(name) for name in names}
 
 
@@ -73,8 +73,8 @@ def _adafactor_options(_: Config) -> dict[str, Any]:
     return {"relative_step": False, "scale_parameter": False}
 
 
-def _galore_fused(
-    class_name: str, own_options: Callable[[Config], dict[str, Any]] = _adam_options
+def _ours(
+    class_name: str, options: Callable[[Config], dict[str, Any]] = _adam_options, **own: Any
 ) -> Callable[[torch.nn.Module, Config], torch.optim.Optimizer]:
     def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
         import galore_kernels
@@ -95,10 +95,11 @@ def _galore_fused(
             async_refresh=config.async_refresh,
             moments_on_refresh=config.moments_on_refresh,
             basis_format=config.basis_format,
+            **own,
         )
         optimizer_class = getattr(galore_kernels, class_name)
         optimizer: Any = optimizer_class(
-            groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **own_options(config)
+            groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **options(config)
         )
         if config.updates == "layerwise":
             return galore_kernels.LayerwiseOptimizer(
@@ -141,7 +142,16 @@ def _galore_torch8bit(model: torch.nn.Module, config: Config) -> torch.optim.Opt
     return optimizer
 
 
-def _galore_torch_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+def _apollo_torch(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    optimizer_class = rivals.import_rival("apollo_torch", "apollo-torch").APOLLOAdamW
+    optimizer: torch.optim.Optimizer = optimizer_class(
+        _galore_torch_groups(model, config, proj="random", scale_type="channel"), lr=config.lr, betas=_BETAS,
+        eps=config.eps, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    return optimizer
+
+
+def _galore_torch_groups(model: torch.nn.Module, config: Config, **own: Any) -> list[dict[str, Any]]:
     projected = [
         module.weight
         for name, module in model.named_modules()
@@ -156,19 +166,24 @@ def _galore_torch_groups(model: torch.nn.Module, config: Config) -> list[dict[st
             "update_proj_gap": config.update_proj_gap,
             "scale": config.scale,
             "proj_type": config.proj_type,
+            **own,
         },
     ]
 
 
 _BUILDERS: dict[str, Callable[[torch.nn.Module, Config], torch.optim.Optimizer]] = {
-    "galore8bit": _galore_fused("GaLoreFusedAdam8bit"),
-    "galore": _galore_fused("GaLoreFusedAdamW"),
-    "galore_adafactor": _galore_fused("GaLoreFusedAdafactor", _adafactor_options),
+    "galore8bit": _ours("GaLoreFusedAdam8bit"),
+    "galore": _ours("GaLoreFusedAdamW"),
+    "galore_adafactor": _ours("GaLoreFusedAdafactor", _adafactor_options),
+    "apollo8bit": _ours("APOLLOFusedAdam8bit"),
+    "apollo": _ours("APOLLOFusedAdamW"),
+    "apollo_mini": _ours("APOLLOFusedAdamW", scale_type="tensor"),
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "galore_torch": _galore_torch,
     "galore_torch8bit": _galore_torch8bit,
+    "apollo_torch": _apollo_torch,
 }
 
 # Their own state_dict would not survive a weights-only checkpoint, or would come back cast.
-_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit"))
+_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit", "apollo_torch"))

@@ -12,8 +12,9 @@ class Preset:
     """Shapes of a Llama and the settings it is trained with; every field has a flag that overrides it.
 
     ``hidden``, ``intermediate``, ``layers`` and ``heads`` are the model's; a step trains on ``batch`` x
-    ``accumulate`` windows of ``sequence`` tokens. ``galore_lr`` is for optimizers that project, ``adam_lr`` for the
-    full-rank ones. ``vocabulary`` is the least size used with a tokenizer (bytes need 256 whatever the preset).
+    ``accumulate`` windows of ``sequence`` tokens. ``galore_lr`` and ``apollo_lr`` are for optimizers that project,
+    ``adam_lr`` for the full-rank ones. ``vocabulary`` is the least size used with a tokenizer (bytes need 256 whatever
+    the preset).
     """
 
     hidden: int
@@ -26,6 +27,7 @@ class Preset:
     steps: int
     warmup_fraction: float
     galore_lr: float
+    apollo_lr: float
     adam_lr: float
     rank: int
     update_proj_gap: int
@@ -61,6 +63,7 @@ def _paper(  # GaLore, arXiv 2403.03507, section 5 and appendix C: 512 windows o
         steps=steps,
         warmup_fraction=0.1,
         galore_lr=galore_lr,
+        apollo_lr=0.01,  # Zhu et al., arXiv 2412.05270, appendix: at every size
         adam_lr=adam_lr,
         rank=rank,
         update_proj_gap=update_proj_gap,
@@ -85,6 +88,7 @@ _TINY = Preset(
     steps=400,
     warmup_fraction=0.05,
     galore_lr=0.01,
+    apollo_lr=0.005,
     adam_lr=5e-4,
     rank=64,
     update_proj_gap=100,

@@ -135,8 +135,10 @@ def import_state(optimizer: torch.optim.Optimizer, exported: dict[str, Any]) -> 
 
 
 def _projector(attributes: dict[str, Any], device: torch.device) -> Any:
-    module = import_rival("galore_torch.galore_projector", "galore-torch")
-    projector = module.GaLoreProjector(attributes["rank"])
+    if "seed" in attributes:
+        projector = import_rival("apollo_torch.random_projector", "apollo-torch").GradientProjector(attributes["rank"])
+    else:
+        projector = import_rival("galore_torch.galore_projector", "galore-torch").GaLoreProjector(attributes["rank"])
     for key, value in attributes.items():
         setattr(projector, key, value.to(device) if isinstance(value, torch.Tensor) else value)
     return projector

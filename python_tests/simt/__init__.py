@@ -8,6 +8,8 @@ matrices.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +70,21 @@ def build(*, sanitize: bool = False, extra: tuple[Path, ...] = (), name: str = "
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.parent / "lock"):
+        if not target.exists():
+            _compile_to(target, sources, options, sanitize=sanitize)
+    return target
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time: tests that run side by side want the same build."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile_to(target: Path, sources: list[Path], options: list[str], *, sanitize: bool) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [str(Path(folder, f"{i}.o")) for i in range(len(sources))]
         commands = [
@@ -77,8 +95,7 @@ def build(*, sanitize: bool = False, extra: tuple[Path, ...] = (), name: str = "
             list(pool.map(_run, commands))
         linked = Path(folder, target.name)
         _run(["g++", "-shared", *(_SANITIZE if sanitize else []), *objects, "-o", str(linked)])
-        linked.replace(target)  # whole or not at all, whoever else builds it at the same time
-    return target
+        linked.replace(target)  # whole or not at all
 
 
 def load_module(path: Path, name: str = "_simt") -> ModuleType:

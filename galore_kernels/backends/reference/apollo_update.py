@@ -26,7 +26,7 @@ def gradient_factors(direction: Tensor, lowrank: Tensor, scaling: str) -> Tensor
 
 def growth_limiter(norm: float, previous: float, limit: float | None) -> float:
     """What the scaled gradient is divided by, so that its norm grows by no more than ``limit``."""
-    if limit is None or previous == 0.0:
+    if limit is None or previous <= NORM_EPS:
         return 1.0
     return max(norm / (previous + NORM_EPS), limit) / limit
 
@@ -51,7 +51,8 @@ def apollo_update(
     full = adam.scaled_gradient(oriented, options)
     lowrank = adam.scaled_gradient(lowrank, options)
     squares = oriented.float().square().sum(1)
-    if adam.skips(torch.cat([lowrank.flatten(), squares]), state, options):
+    # A finite number less itself is 0.
+    if adam.skips(torch.cat([lowrank.flatten(), squares - squares]), state, options):
         return
     step = int(state.step) + 1
     m, v = adam.adam_moments(lowrank, state, options)

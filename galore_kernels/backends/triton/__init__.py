@@ -32,6 +32,8 @@ def make_backend(*, in_interpreter: bool = False) -> Backend:
             "adam8bit_update": pipeline.adam8bit_update,
             "galore_update": pipeline.galore_update,
             "lowrank_update": pipeline.lowrank_update,
+            "apollo_update": pipeline.apollo_update,
+            "random_basis": pipeline.random_basis,
             "rotate_moments": pipeline.rotate_moments,
         },
         refuses=partial(availability.refuses, in_interpreter=in_interpreter),

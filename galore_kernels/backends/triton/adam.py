@@ -88,7 +88,13 @@ def update_moments(
 
 
 @triton.jit
-def updated_weight(weight: tl.tensor, change: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
-    """(weight - step_size * change) * decay: change is Adam's direction, or the element of U @ P.T."""
-    c = coefficients(control, tensor)
-    return (weight - tl.load(c + STEP_SIZE) * change) * tl.load(c + DECAY)
+def decayed_weight(weight: tl.tensor, change: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
+    """(weight - change) * decay."""
+    return (weight - change) * tl.load(coefficients(control, tensor) + DECAY)
+
+
+@triton.jit
+def updated_weight(weight: tl.tensor, direction: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
+    """(weight - step_size * direction) * decay."""
+    change = tl.load(coefficients(control, tensor) + STEP_SIZE) * direction
+    return decayed_weight(weight, change, control, tensor)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.triton.availability import interpreted
 from galore_kernels.quantizers import GROUP_SIZE, block_count
 
@@ -61,6 +61,11 @@ class Tile:
     stages: int
     precision: str = "bf16x6"
 
+    @property
+    def reach(self) -> int:
+        """Rows that a program's offsets lead over, whichever operand's they are."""
+        return max(self.rows, self.columns, self.depth)
+
 
 @dataclass(frozen=True)
 class ElementTile:
@@ -68,6 +73,20 @@ class ElementTile:
 
     blocks: int
     warps: int
+
+
+@dataclass(frozen=True)
+class PanelTile:
+    """The same of a stage that goes by rows and columns of a matrix."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    @property
+    def reach(self) -> int:
+        """As a product's."""
+        return self.rows
 
 
 # Largest columns (project) or depth (back_project_update) that a tile serves -> the tile. The next larger one is taken,
@@ -155,6 +174,23 @@ _BESIDE_CODES: dict[tuple[str, str, int, int], dict[str, Any]] = {
     ("sm_90", "project", 32, 16): {"rows": 128},
 }
 
+# The same where the basis is drawn: random bits, addresses of magnitudes and entries are alive together. Of what is not
+# aligned (see there) the depth is 16.
+_BESIDE_DRAWN: dict[tuple[str, str, int, int], dict[str, Any]] = {
+    ("sm_80", "project", 16, 16): {"depth": 32},
+    ("sm_80", "project", 16, 32): {"depth": 32},
+    ("sm_80", "project", 16, 64): {"depth": 32, "warps": 8},
+    ("sm_80", "project", 16, 128): {"depth": 16, "stages": 4},
+    ("sm_89", "project", 16, 16): {"depth": 32},
+    ("sm_89", "project", 16, 32): {"depth": 32},
+    ("sm_89", "project", 16, 64): {"depth": 32, "warps": 8},
+    ("sm_89", "project", 16, 128): {"depth": 16},
+    ("sm_90", "project", 16, 256): {"depth": 32},
+}
+
+# The same where the gradient's squares are summed beside the product of a stored basis.
+_BESIDE_SQUARES: dict[tuple[str, str, int, int], dict[str, Any]] = {("sm_90", "project", 16, 256): {"warps": 16}}
+
 # Addresses or rows that are no multiples of 16 bytes are loaded element by element, each with its own mask. What counts
 # then is to stay within the registers.
 _UNALIGNED = {
@@ -175,6 +211,10 @@ _ELEMENTS = {
     "check_gradient": ElementTile(8, 8),
     "lowrank_adam": ElementTile(4, 4),
     "adam_update": ElementTile(4, 4),
+    "long_norms": ElementTile(4, 4),
+    "gradient_factors": ElementTile(8, 8),
+    "scaled_gradient_update": ElementTile(16, 8),
+    "random_basis": ElementTile(8, 4),
     "quantize_blockwise": ElementTile(4, 4),
     "dequantize_blockwise": ElementTile(8, 8),
 }
@@ -280,7 +320,15 @@ def limits(architecture: str, stage: str, bits: int) -> tuple[int, ...]:
     return tuple(_PRODUCTS[architecture, stage, bits])
 
 
-def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
+def _beside(batch: Batch, squares: bool) -> dict[tuple[str, str, int, int], dict[str, Any]]:
+    if not batch.basis_dtype.is_floating_point:
+        return _BESIDE_CODES
+    if batch.magnitudes is not None:
+        return _BESIDE_DRAWN
+    return _BESIDE_SQUARES if squares else {}
+
+
+def _product_tile(stage: str, batch: Batch, bits: int, squares: bool = False) -> Tile:
     chosen = architecture(batch.device)
     if chosen == _OTHER and interpreted():
         tile = _INTERPRETED_INT8 if stage == "back_project_update_int8" else _INTERPRETED_PRODUCT
@@ -289,20 +337,25 @@ def _product_tile(stage: str, batch: Batch, bits: int) -> Tile:
         key = ("sm_89" if chosen == _OTHER else chosen, stage, bits)
         limit = next((limit for limit in _PRODUCTS[key] if limit >= batch.rank), max(_PRODUCTS[key]))
         tile = _PRODUCTS[key][limit]
-        if not batch.basis_dtype.is_floating_point:
-            tile = replace(tile, **_BESIDE_CODES.get((*key, limit), {}))
+        tile = replace(tile, **_beside(batch, squares).get((*key, limit), {}))
         if chosen == _OTHER:
             tile = replace(tile, stages=2)
     else:
         tile = _UNALIGNED[stage, bits]
+        if batch.magnitudes is not None:
+            tile = replace(tile, depth=16)
     return replace(tile, **_current().get(stage, {}))
 
 
-def project_tile(batch: Batch) -> Tile:
-    """The tile of ``project``. A basis' codes take the gradient's dtype."""
-    basis_dtype = batch.basis_dtype if batch.basis_dtype.is_floating_point else batch.grad_dtype
+def project_tile(batch: Batch, *, squares: bool = False) -> Tile:
+    """The tile of ``project``. A basis' codes take the gradient's dtype, as does what is drawn.
+
+    squares: whether it sums the gradient's too.
+    """
+    stored = batch.basis_dtype.is_floating_point and batch.magnitudes is None
+    basis_dtype = batch.basis_dtype if stored else batch.grad_dtype
     bits = 16 if batch.grad_dtype == basis_dtype != torch.float32 else 32
-    return _product_tile("project", batch, bits)
+    return _product_tile("project", batch, bits, squares)
 
 
 def back_project_update_tile(batch: Batch) -> Tile:
@@ -325,6 +378,13 @@ def element_tile(stage: str, elements: int) -> ElementTile:
         blocks = 1 << max(0, block_count(elements) - 1).bit_length()
         tile = replace(tile, blocks=min(blocks, _INTERPRETED_BLOCKS))
     return replace(tile, **_current().get(stage, {}))
+
+
+def panel_tile(stage: str, rows: int, columns: int) -> PanelTile:
+    """The tile of an element-wise stage on a (rows, columns) matrix: as wide as that, from 8 to 256 columns."""
+    width = min(256, max(8, 1 << max(0, columns - 1).bit_length()))
+    tile = element_tile(stage, rows * width)
+    return PanelTile(tile.blocks * 256 // width, width, tile.warps)
 
 
 def known_factor(size: int, aligned: bool) -> int:

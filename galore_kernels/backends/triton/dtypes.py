@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from triton import language as tl
 
-from galore_kernels.backends.triton.configuration import Tile
+from galore_kernels.backends.triton.configuration import PanelTile, Tile
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -23,6 +23,6 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return _DTYPES[dtype]
 
 
-def offset_dtype(tile: Tile, pitch: int) -> Any:
+def offset_dtype(tile: Tile | PanelTile, pitch: int) -> Any:
     """The integer that reaches over any tile of a matrix whose rows are ``pitch`` elements apart."""
-    return tl.int32 if max(tile.rows, tile.columns, tile.depth) * pitch < 2**31 else tl.int64
+    return tl.int32 if tile.reach * pitch < 2**31 else tl.int64

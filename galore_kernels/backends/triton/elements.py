@@ -6,14 +6,15 @@ subnormals), integers do the same on both: one code, one result.
 
 from __future__ import annotations
 
+import torch
 import triton
 from triton import language as tl
 
-from galore_kernels.backends import pipeline
+from galore_kernels.backends import batch
 from galore_kernels.ops.adam import LARGEST_GRADIENT as _LARGEST
 from galore_kernels.quantizers import BLOCK_SIZE
 
-# Columns of the table of addresses: see Batch in galore_kernels/backends/pipeline.py.
+# Columns of the table of addresses: see Batch in galore_kernels/backends/batch.py.
 PARAM = tl.constexpr(0)
 BASIS = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
@@ -25,8 +26,10 @@ WEIGHT_SCALE = tl.constexpr(7)
 STEP = tl.constexpr(8)
 SKIPPED = tl.constexpr(9)
 SEED = tl.constexpr(10)
-GRADIENT = tl.constexpr(11)
-TABLE_COLUMNS = tl.constexpr(pipeline.TABLE_COLUMNS)
+SCALED_NORM = tl.constexpr(11)
+BASIS_SEED = tl.constexpr(12)
+GRADIENT = tl.constexpr(13)
+TABLE_COLUMNS = tl.constexpr(batch.TABLE_COLUMNS)
 
 # Words of a control row: AdamCoefficients of csrc/core/adam.h, then what the launches tell one another.
 GRADIENT_SCALE = tl.constexpr(0)
@@ -40,13 +43,15 @@ DECAY = tl.constexpr(7)
 SKIP = tl.constexpr(8)
 ARRIVED = tl.constexpr(9)
 STEP_NUMBER = tl.constexpr(10)
-CONTROL_WORDS = tl.constexpr(pipeline.CONTROL_WORDS)
+EXACT_STEP_SIZE = tl.constexpr(12)
+CONTROL_WORDS = tl.constexpr(batch.CONTROL_WORDS)
 
 # Why a tensor is left alone. Bits, because projections of many programs set the first.
 SKIP_GRADIENT = tl.constexpr(1)  # not representable; counted
 SKIP_FOUND_INF = tl.constexpr(2)  # the caller's, who counts it
 
 LARGEST_GRADIENT = tl.constexpr(_LARGEST)
+LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 BLOCK = tl.constexpr(BLOCK_SIZE)
 
 
@@ -103,11 +108,29 @@ def skip_flag(control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def flag_unless_representable(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
-    """Sets the skip flag if an element of x, of those that are there, is NaN or its square overflows."""
-    bad = there & ~(tl.abs(x) <= LARGEST_GRADIENT)
+def exact_step_size(control: tl.tensor, tensor: tl.tensor) -> tl.tensor:
+    """Pointer to a control row's step size as a double."""
+    return (control + tensor.to(tl.int64) * CONTROL_WORDS + EXACT_STEP_SIZE).to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def flag_beyond(limit: tl.constexpr, x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """Sets the skip flag if an element of x, of those that are there, is NaN or larger than ``limit``."""
+    bad = there & ~(tl.abs(x) <= limit)
     if tl.max(bad.to(tl.int32), axis=None) != 0:
         tl.atomic_or(control + tensor.to(tl.int64) * CONTROL_WORDS + SKIP, SKIP_GRADIENT, sem="relaxed")
+
+
+@triton.jit
+def flag_unless_representable(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """The same if its square overflows."""
+    flag_beyond(LARGEST_GRADIENT, x, there, control, tensor)
+
+
+@triton.jit
+def flag_unless_finite(x: tl.tensor, there: tl.tensor, control: tl.tensor, tensor: tl.tensor) -> None:
+    """The same if it is infinite."""
+    flag_beyond(LARGEST_FLOAT, x, there, control, tensor)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.triton import configuration
 from galore_kernels.backends.triton.adam import tile_offsets, update_moments
 from galore_kernels.backends.triton.code_tables import code_tables

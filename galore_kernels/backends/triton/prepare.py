@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.triton.elements import (
     ARRIVED,
     BETA1,
@@ -22,6 +22,7 @@ from galore_kernels.backends.triton.elements import (
     STEP,
     STEP_NUMBER,
     STEP_SIZE,
+    exact_step_size,
     row_pointer,
 )
 from galore_kernels.backends.triton.launch import launch
@@ -91,6 +92,7 @@ def prepare_kernel(
     tl.store(floats + DECAY, (1.0 - lr * as_double(weight_decay)).to(tl.float32))
     tl.store(row + SKIP, skip)
     tl.store(row + ARRIVED, 0)
+    tl.store(exact_step_size(control, tensor), step_size)
     tl.store((row + STEP_NUMBER).to(tl.pointer_type(tl.int64)), number)
 
 

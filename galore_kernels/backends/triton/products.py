@@ -15,8 +15,8 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def upper_half(x: tl.tensor) -> tl.tensor:
-    """A float32 but for its lower 16 bits, which is a bfloat16's value; int8 codes as they are."""
-    if x.dtype == tl.int8:
+    """A float32 but for its lower 16 bits, which is a bfloat16's value; int8 codes and bfloat16 as they are."""
+    if x.dtype != tl.float32:
         return x
     else:
         return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -26,20 +26,21 @@ def upper_half(x: tl.tensor) -> tl.tensor:
 def multiply_add(a: tl.tensor, b: tl.tensor, sums: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """sums + a @ b. 16-bit operands of one dtype go to the tensor cores as they are, all others as float32.
 
-    int8 codes take the other operand's dtype, in which they are exact. Beside float32 they need no six products of
-    bfloat16: it is the sum of three, taken off one after another, and each code is one.
+    int8 codes take the other operand's dtype, in which they are exact. Beside float32 neither they nor bfloat16 need
+    six products of bfloat16: float32 is the sum of three, taken off one after another, and each of the others is one.
     """
     if INTERPRETED:
         return tl.dot(to_float(a), to_float(b), sums, input_precision="ieee")
     elif PRECISION == "bf16x6" and (
-        (a.dtype == tl.int8 and b.dtype == tl.float32) or (a.dtype == tl.float32 and b.dtype == tl.int8)
+        (a.dtype == tl.float32 and (b.dtype == tl.int8 or b.dtype == tl.bfloat16))
+        or (b.dtype == tl.float32 and (a.dtype == tl.int8 or a.dtype == tl.bfloat16))
     ):
         for _ in tl.static_range(3):
             sums = tl.dot(upper_half(a).to(tl.bfloat16), upper_half(b).to(tl.bfloat16), sums)
-            if a.dtype == tl.int8:
-                b -= upper_half(b)
-            else:
+            if a.dtype == tl.float32:
                 a -= upper_half(a)
+            else:
+                b -= upper_half(b)
         return sums
     elif a.dtype == tl.int8:
         return tl.dot(a.to(b.dtype), b, sums, input_precision=PRECISION)

@@ -1,35 +1,43 @@
 """``project``: R = G @ P (right) or G.T @ P (left), in tiles of long rows x columns of the basis.
 
-Of a quantized basis P are the codes, and the sums are multiplied by its columns' scales.
+Of a quantized basis P are the codes, and the sums are multiplied by its columns' scales. A basis that is a seed is
+drawn, each tile where it is multiplied, and the sums are multiplied by 1 / sqrt(rank).
 
 Where a batch has too few tiles to fill the device, the short dimension is split; ``scale_and_check`` sums the parts.
 """
 
 from __future__ import annotations
 
+import math
+
 import triton
 from torch import Tensor
 from triton import language as tl
 
-from galore_kernels.backends.pipeline import Batch
+from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.triton import configuration
 from galore_kernels.backends.triton.dtypes import offset_dtype, triton_dtype
 from galore_kernels.backends.triton.elements import (
     BASIS,
     BASIS_SCALE,
+    BASIS_SEED,
     GRADIENT,
     GRADIENT_SCALE,
     SKIP_FOUND_INF,
     coefficients,
+    flag_unless_finite,
     flag_unless_representable,
     multiple,
     row_pointer,
+    row_value,
     skip_flag,
     tile_of,
+    to_float,
 )
 from galore_kernels.backends.triton.launch import launch, multiprocessors
 from galore_kernels.backends.triton.products import load_factor, multiply_add
-from galore_kernels.backends.triton.scale_and_check import sum_parts
+from galore_kernels.backends.triton.random_basis import drawn_entries
+from galore_kernels.backends.triton.scale_and_check import sum_parts, sum_squares
 
 
 @triton.jit(do_not_specialize=["long", "short", "rank", "count", "splits"])
@@ -37,6 +45,9 @@ def project_kernel(
     table: tl.tensor,
     control: tl.tensor,
     out: tl.tensor,
+    squares: tl.tensor,
+    magnitudes: tl.tensor,
+    inverse_root: tl.float32,
     long: tl.int64,
     short: tl.int64,
     rank: tl.int64,
@@ -45,6 +56,8 @@ def project_kernel(
     LEFT: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     BASIS_DTYPE: tl.constexpr,
+    DRAWN: tl.constexpr,
+    SQUARES: tl.constexpr,
     SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     GRAD_MULTIPLE: tl.constexpr,
@@ -77,11 +90,14 @@ def project_kernel(
     row0, column0 = row_tile.to(tl.int64) * ROWS, column_tile.to(tl.int64) * COLUMNS
     rows_there, columns_there = row0 + tl.arange(0, ROWS) < long, column0 + tl.arange(0, COLUMNS) < rank
     gradient = row_pointer(table, tensor, GRADIENT, GRAD_DTYPE, ALIGNED)
-    basis = row_pointer(table, tensor, BASIS, BASIS_DTYPE, ALIGNED)
+    if DRAWN:
+        basis_seed = row_value(table, tensor, BASIS_SEED)
+    else:
+        basis = row_pointer(table, tensor, BASIS, BASIS_DTYPE, ALIGNED)
     steps = tl.cdiv(short, DEPTH)
     steps_each = tl.cdiv(steps, splits)
     begin = split * steps_each
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sums, row_squares = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS,), tl.float32)
     for step in range(begin, tl.minimum(begin + steps_each, steps)):
         short0 = tl.full((), step, tl.int64) * DEPTH
         depth_there = short0 + tl.arange(0, DEPTH) < short
@@ -90,30 +106,45 @@ def project_kernel(
         else:
             pointers = tile_of(gradient, row0, short0, short, ROWS, DEPTH, OFFSETS)
         g = tl.load(pointers, rows_there[:, None] & depth_there[None, :], other=0.0)
-        p = load_factor(
-            basis,
-            short0,
-            column0,
-            rank,
-            depth_there,
-            columns_there,
-            DEPTH,
-            COLUMNS,
-            PACKED_MULTIPLE,
-            OFFSETS,
-            False,
-        )
+        if DRAWN:
+            p = drawn_entries(basis_seed, magnitudes, short0, column0, rank, DEPTH, COLUMNS)
+            if tl.float16 == GRAD_DTYPE:
+                p = to_float(p).to(tl.float16)  # exact
+        else:
+            p = load_factor(
+                basis,
+                short0,
+                column0,
+                rank,
+                depth_there,
+                columns_there,
+                DEPTH,
+                COLUMNS,
+                PACKED_MULTIPLE,
+                OFFSETS,
+                False,
+            )
+        if SQUARES:
+            wide = to_float(g)
+            row_squares += tl.sum(wide * wide, axis=1)
         sums = multiply_add(g, p, sums, PRECISION)
 
     there = rows_there[:, None] & columns_there[None, :]
-    if basis.dtype.element_ty.is_int():
+    if BASIS_DTYPE.is_int():
         scales = row_pointer(table, tensor, BASIS_SCALE, tl.float32, ALIGNED) + column0 + tl.arange(0, COLUMNS)
         sums = sums * tl.load(scales, columns_there, other=0.0)[None, :]
+    if DRAWN:
+        sums = sums * inverse_root
     if SCALED:
         sums = sums * tl.load(coefficients(control, tensor) + GRADIENT_SCALE)
         flag_unless_representable(sums, there, control, tensor)
     own = out + (split.to(tl.int64) * count + tensor) * (long * rank)
     tl.store(tile_of(own, row0, column0, rank, ROWS, COLUMNS, OFFSETS), sums, there)
+    if SQUARES and column_tile == 0:
+        if SCALED:
+            flag_unless_finite(row_squares, rows_there, control, tensor)
+        own_squares = squares + (split.to(tl.int64) * count + tensor) * long + row0
+        tl.store(own_squares + tl.arange(0, ROWS), row_squares, rows_there)
 
 
 def project_splits(batch: Batch) -> int:
@@ -129,12 +160,28 @@ def project_splits(batch: Batch) -> int:
     return max(1, min(most, 2 * multiprocessors(batch.device) // max(1, tiles)))
 
 
+def _first(*tensors: Tensor | None) -> Tensor:
+    """The first that is there: a kernel that doesn't look at an argument wants it all the same."""
+    return next(tensor for tensor in tensors if tensor is not None)
+
+
 def project(
-    batch: Batch, table: Tensor, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool
+    batch: Batch,
+    table: Tensor,
+    control: Tensor,
+    lowrank: Tensor,
+    partial: Tensor | None,
+    *,
+    final: bool,
+    squares: Tensor | None,
+    partial_squares: Tensor | None,
 ) -> None:
-    """lowrank = the projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be."""
+    """lowrank = the projected gradient; if ``final``, scaled and signed, and the skip flag set where it must be.
+
+    squares: also the sums of the squares of the gradient's long indices.
+    """
     long, short = batch.long_short()
-    tile = configuration.project_tile(batch)
+    tile = configuration.project_tile(batch, squares=squares is not None)
     splits = 1 if partial is None else partial.shape[0]
     launch(
         project_kernel,
@@ -143,6 +190,9 @@ def project(
         table,
         control,
         lowrank if partial is None else partial,
+        _first(partial_squares, squares, lowrank),
+        _first(batch.magnitudes, lowrank),
+        1.0 / math.sqrt(max(1, batch.rank)),
         long,
         short,
         batch.rank,
@@ -151,6 +201,8 @@ def project(
         LEFT=batch.side == "left",
         GRAD_DTYPE=triton_dtype(batch.grad_dtype),
         BASIS_DTYPE=triton_dtype(batch.basis_dtype),
+        DRAWN=batch.magnitudes is not None,
+        SQUARES=squares is not None,
         SCALED=final and partial is None,
         ALIGNED=batch.aligned,
         GRAD_MULTIPLE=configuration.known_factor(batch.shape[1], batch.aligned),
@@ -166,3 +218,5 @@ def project(
     )
     if partial is not None:
         sum_parts(partial, control, lowrank, scaled=final)
+    if squares is not None and partial_squares is not None:
+        sum_squares(partial_squares, control, squares)

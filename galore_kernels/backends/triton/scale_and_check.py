@@ -11,6 +11,7 @@ from galore_kernels.backends.triton.adam import tile_offsets
 from galore_kernels.backends.triton.elements import (
     GRADIENT_SCALE,
     coefficients,
+    flag_unless_finite,
     flag_unless_representable,
     multiple,
     to_float,
@@ -29,6 +30,7 @@ def scale_and_check_kernel(
     splits: tl.int32,
     programs_each: tl.int32,
     SCALED: tl.constexpr,
+    FINITE: tl.constexpr,
     MULTIPLE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
@@ -43,10 +45,12 @@ def scale_and_check_kernel(
     if SCALED:
         sums = sums * tl.load(coefficients(control, tensor) + GRADIENT_SCALE)
         flag_unless_representable(sums, there, control, tensor)
+    if FINITE:
+        flag_unless_finite(sums, there, control, tensor)
     tl.store(lowrank + offsets, sums, there)
 
 
-def _launch(source: Tensor, splits: int, control: Tensor, lowrank: Tensor, scaled: bool) -> None:
+def _launch(source: Tensor, splits: int, control: Tensor, lowrank: Tensor, scaled: bool, finite: bool = False) -> None:
     count, elements = lowrank.shape
     tile = configuration.element_tile("scale_and_check", elements)
     programs_each = -(-block_count(elements) // tile.blocks)
@@ -63,6 +67,7 @@ def _launch(source: Tensor, splits: int, control: Tensor, lowrank: Tensor, scale
         splits,
         programs_each,
         SCALED=scaled,
+        FINITE=finite,
         MULTIPLE=configuration.known_factor(elements, aligned),
         BLOCKS=tile.blocks,
         warps=tile.warps,
@@ -77,3 +82,8 @@ def scale_and_check(source: Tensor, control: Tensor, lowrank: Tensor) -> None:
 def sum_parts(parts: Tensor, control: Tensor, lowrank: Tensor, *, scaled: bool) -> None:
     """lowrank = the sum of parts (splits, N, elements), if ``scaled`` as ``scale_and_check`` leaves it."""
     _launch(parts, parts.shape[0], control, lowrank, scaled)
+
+
+def sum_squares(parts: Tensor, control: Tensor, squares: Tensor) -> None:
+    """squares = the sum of parts (splits, N, L), and the skip flag where one is not finite."""
+    _launch(parts, parts.shape[0], control, squares, scaled=False, finite=True)

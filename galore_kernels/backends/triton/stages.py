@@ -1,4 +1,4 @@
-"""The stages of ``galore_kernels.backends.pipeline`` in Triton. Kernels are imported, and so compiled, at first use."""
+"""The stages of ``galore_kernels.backends.stages`` in Triton. Kernels are imported, and so compiled, at first use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from galore_kernels.backends.pipeline import TABLE_COLUMNS, Batch
+from galore_kernels.backends.batch import TABLE_COLUMNS, Batch
 from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.apollo_update import ApolloOptions
+from galore_kernels.ops.random_basis import RandomBasis
 
 
 class TritonStages:
@@ -45,10 +47,21 @@ class TritonStages:
 
         return project_splits(batch)
 
-    def project(self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, *, final: bool) -> None:
+    def project(
+        self,
+        batch: Batch,
+        control: Tensor,
+        lowrank: Tensor,
+        partial: Tensor | None,
+        *,
+        final: bool,
+        squares: Tensor | None = None,
+        partial_squares: Tensor | None = None,
+    ) -> None:
         from galore_kernels.backends.triton.project import project
 
-        project(batch, self._table(batch), control, lowrank, partial, final=final)
+        table = self._table(batch)
+        project(batch, table, control, lowrank, partial, final=final, squares=squares, partial_squares=partial_squares)
 
     def scale_and_check(self, source: Tensor, control: Tensor, lowrank: Tensor) -> None:
         from galore_kernels.backends.triton.scale_and_check import scale_and_check
@@ -69,6 +82,32 @@ class TritonStages:
         from galore_kernels.backends.triton.adam_update import adam_update
 
         adam_update(batch, self._table(batch), control)
+
+    def gradient_factors(
+        self,
+        batch: Batch,
+        control: Tensor,
+        lowrank: Tensor,
+        direction: Tensor,
+        squares: Tensor,
+        norms: Tensor,
+        factors: Tensor,
+        apollo: ApolloOptions,
+    ) -> None:
+        from galore_kernels.backends.triton.gradient_factors import gradient_factors
+
+        table = self._table(batch)
+        gradient_factors(batch, table, control, lowrank, direction, squares, norms, factors, apollo)
+
+    def scaled_gradient_update(self, batch: Batch, control: Tensor, factors: Tensor) -> None:
+        from galore_kernels.backends.triton.scaled_gradient_update import scaled_gradient_update
+
+        scaled_gradient_update(batch, self._table(batch), control, factors)
+
+    def random_basis(self, drawn: Tensor, basis: RandomBasis, magnitudes: Tensor) -> None:
+        from galore_kernels.backends.triton.random_basis import random_basis
+
+        random_basis(drawn, basis, magnitudes)
 
     def in_one_pass(self, batch: Batch) -> bool:
         return False

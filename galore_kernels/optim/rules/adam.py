@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,3 +101,15 @@ class Adam(Rule):
         if layout.side is None:
             return "adam8bit_update"
         return "lowrank_update" if is_lowrank else "galore_update"
+
+    def group_fields(
+        self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        if layout.side is None:
+            return {}
+        return {
+            "bases": tuple(state["basis"] for state in states),
+            "side": layout.side,
+            "scale": float(group["scale"]),
+            "basis_scales": tuple(state["basis_scale"] for state in states if "basis_scale" in state),
+        }

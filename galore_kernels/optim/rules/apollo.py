@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,27 +76,48 @@ class Apollo(Adam):
         weight_scale: Tensor | None,
         backend: str,
     ) -> None:
-        if layout.side is None or layout.rank is None:
+        if layout.side is None:
             ops.adam8bit_update(weight, grad, adam_state(state), options, backend=backend)
             return
-        family, limit = PROJECTIONS[group["proj"]], group["norm_growth_limit"]
         ops.apollo_update(
             weight,
             grad,
-            state["basis"] if family is None else ops.RandomBasis(layout.rank, state["basis_seed"], family),
+            _basis(state, group, layout),
             adam_state(state),
             state["scaled_norm"],
             options,
-            ops.ApolloOptions(
-                scale=float(group["scale"]),
-                scaling=group["scale_type"],
-                scale_front=group["scale_front"],
-                norm_growth_limit=None if limit is None else float(limit),
-            ),
+            _options(group),
             side=layout.side,
             weight_scale=weight_scale,
             backend=backend,
         )
 
     def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
-        return None if layout.side is not None else "adam8bit_update"
+        return "adam8bit_update" if layout.side is None else "apollo_update"
+
+    def group_fields(
+        self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        if layout.side is None:
+            return {}
+        return {
+            "bases": tuple(_basis(state, group, layout) for state in states),
+            "side": layout.side,
+            "scaled_norms": tuple(state["scaled_norm"] for state in states),
+            "apollo": _options(group),
+        }
+
+
+def _basis(state: Mapping[str, Any], group: Mapping[str, Any], layout: Layout) -> Tensor | ops.RandomBasis:
+    family = PROJECTIONS[group["proj"]]
+    return state["basis"] if family is None else ops.RandomBasis(layout.rank or 0, state["basis_seed"], family)
+
+
+def _options(group: Mapping[str, Any]) -> ops.ApolloOptions:
+    limit = group["norm_growth_limit"]
+    return ops.ApolloOptions(
+        scale=float(group["scale"]),
+        scaling=group["scale_type"],
+        scale_front=group["scale_front"],
+        norm_growth_limit=None if limit is None else float(limit),
+    )

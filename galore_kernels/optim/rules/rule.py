@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,3 +98,9 @@ class Rule(ABC):
     @abstractmethod
     def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
         """The operation whose backends may update many tensors in one call; None if each is updated by itself."""
+
+    def group_fields(
+        self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Fields of the ``UpdateGroup`` for that call, if there is one, which states and options say; not Adam's states."""
+        return {}

@@ -43,11 +43,11 @@ inline int __syncthreads_or(int predicate) { return simt::barrier(predicate != 0
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-    static_assert(sizeof(T) == sizeof(std::uint32_t));
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits = simt::shuffle(mask, bits, lane % 32);
-    std::memcpy(&value, &bits, sizeof bits);
+    static_assert(sizeof(T) % sizeof(std::uint32_t) == 0);
+    std::uint32_t words[sizeof(T) / sizeof(std::uint32_t)];
+    std::memcpy(words, &value, sizeof value);
+    for (std::uint32_t& word : words) word = simt::shuffle(mask, word, lane % 32);
+    std::memcpy(&value, words, sizeof value);
     return value;
 }
 
