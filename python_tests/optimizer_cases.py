@@ -22,16 +22,15 @@ class AdafactorAtALearningRate(GaLoreFusedAdafactor):
         super().__init__(params, lr, **options)
 
 
+#: Those with every option of a subspace.
 OPTIMIZERS: list[type[GaLoreAdam]] = [GaLoreFusedAdam8bit, GaLoreFusedAdamW]
 
 #: Called as the public optimizers are.
 OptimizerClass = Callable[..., LowRankOptimizer]
 
-#: Those that keep the bases they find.
-WITH_BASES: list[OptimizerClass] = [*OPTIMIZERS, AdafactorAtALearningRate]
-
-#: One of each kind of state.
-EVERY_STATE: list[OptimizerClass] = [*WITH_BASES, APOLLOFusedAdam8bit]
+#: One of each kind of state that a projected gradient is enough for; of each kind of state.
+OF_PROJECTIONS: list[OptimizerClass] = [*OPTIMIZERS, AdafactorAtALearningRate]
+EVERY_OPTIMIZER: list[OptimizerClass] = [*OF_PROJECTIONS, APOLLOFusedAdam8bit]
 
 
 def taken(optimizer_class: OptimizerClass, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from factored_cases import TARGETS, Run, batch, carriers, loss_of
 from failing_allocations import FailingAllocations, watch_operations
-from optimizer_cases import EVERY_STATE, OptimizerClass, assert_same_snapshot, snapshot, taken
+from optimizer_cases import OF_PROJECTIONS, OptimizerClass, assert_same_snapshot, snapshot, taken
 
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim import factored as factored_module
@@ -34,7 +34,7 @@ def weights_only(value: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 @pytest.mark.parametrize("steps", [1, 5, 6])  # within; right before a step that keeps factors; right after
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lowrank_models import RANK, Model, backward_passes, batch, run
-from optimizer_cases import EVERY_STATE, OptimizerClass, assert_same_snapshot, snapshot
+from optimizer_cases import OF_PROJECTIONS, OptimizerClass, assert_same_snapshot, snapshot
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,7 +130,7 @@ def test_unmoved_weights_keep_their_codes() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"basis_format": "int4", "refresh_schedule": "staggered"}], ids=str)
-@pytest.mark.parametrize("kind", EVERY_STATE)
+@pytest.mark.parametrize("kind", OF_PROJECTIONS)
 def test_training_follows_that_of_plain_weights(kind: OptimizerClass, options: dict[str, Any]) -> None:
     plain = prepare(Model(), rank=RANK)
     expected = run(plain, optimizer_of(plain, kind, **options), range(150))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lowrank_models import RANK, Model, backward_passes, batch, loss_of, run
-from optimizer_cases import EVERY_STATE, OptimizerClass, assert_same_snapshot, snapshot, taken
+from optimizer_cases import OF_PROJECTIONS, OptimizerClass, assert_same_snapshot, snapshot, taken
 from torch import Tensor, nn
 
 from galore_kernels import (
@@ -60,7 +60,7 @@ SCHEDULES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("options", SCHEDULES, ids=str)
-@pytest.mark.parametrize("optimizer", EVERY_STATE)
+@pytest.mark.parametrize("optimizer", OF_PROJECTIONS)
 def test_it_makes_the_weights_and_states_of_the_wrapped_optimizer(
     optimizer: OptimizerClass, options: dict[str, Any], factored: bool
 ) -> None:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from optimizer_cases import (
-    EVERY_STATE,
+    EVERY_OPTIMIZER,
+    OF_PROJECTIONS,
     OPTIONS,
     SHAPES,
     OptimizerClass,
@@ -60,7 +61,7 @@ def with_right_checksums(saved: StateDict) -> StateDict:
 # ---------------------------------------------------------------------- of something else
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -77,7 +78,7 @@ def test_of_other_options(optimizer_class: OptimizerClass, options: dict[str, An
 
 
 def test_of_another_optimizer() -> None:
-    saved = {c: trained(c)[0].state_dict() for c in EVERY_STATE}
+    saved = {c: trained(c)[0].state_dict() for c in EVERY_OPTIMIZER}
     assert_refused(*trained(), saved[GaLoreFusedAdamW], "saved by GaLoreFusedAdamW, not GaLoreFusedAdam8bit; construct")
     assert_refused(*trained(GaLoreFusedAdamW), saved[GaLoreFusedAdam8bit], "saved by GaLoreFusedAdam8bit")
 
@@ -254,7 +255,7 @@ def flip(tensor: Tensor, bit: int) -> Tensor:
     return raw.view(tensor.dtype).view(tensor.shape)
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: OptimizerClass, data: st.DataObject) -> None:
     optimizer, params, pristine = saved_by(optimizer_class)
@@ -266,7 +267,7 @@ def test_a_flipped_bit_anywhere_in_the_state(optimizer_class: OptimizerClass, da
     assert_refused(optimizer, params, damaged, rf'parameter {index} \("{list(SHAPES)[index]}"\): ')
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 def test_a_flipped_bit_at_both_ends_of_every_tensor(optimizer_class: OptimizerClass) -> None:
     optimizer, _, pristine = saved_by(optimizer_class)
     for index, state in pristine["state"].items():

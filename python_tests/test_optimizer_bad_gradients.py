@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
-    EVERY_STATE,
+    EVERY_OPTIMIZER,
+    OF_PROJECTIONS,
     OPTIONS,
     SHAPES,
-    WITH_BASES,
     OptimizerClass,
     assert_same_snapshot,
     differing_keys,
@@ -121,7 +121,7 @@ UNUSABLE: dict[str, float] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("value", UNUSABLE)
 @pytest.mark.parametrize("at", [0, 2, 3])  # the very first step, a plain one, a refresh
 @pytest.mark.parametrize("name", SHAPES)
@@ -152,7 +152,7 @@ def test_one_tensors_step_is_skipped_and_the_others_taken(
     assert optimizer.skipped_steps() == {f'param group 0, parameter {index} ("{name}")': 1}
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("value", UNUSABLE)
 @pytest.mark.parametrize("at", [0, 2, 3])
 def test_training_continues_as_if_the_skipped_step_had_not_been(
@@ -200,7 +200,7 @@ def test_a_report_turned_into_an_exception_loses_nothing(backend: str) -> None:
     assert [float(optimizer.state[p]["step"]) for p in params.values()] == [0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("optimizer_class", WITH_BASES)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 @pytest.mark.parametrize("factor", [1e-30, 1e-38, 1e15])
 def test_gradients_of_extreme_but_usable_size(backend: str, optimizer_class: OptimizerClass, factor: float) -> None:
     optimizer, params = named(optimizer_class, weight_decay=0.0, backend=backend)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
-    EVERY_STATE,
+    EVERY_OPTIMIZER,
     OPTIONS,
     SHAPES,
     OptimizerClass,
@@ -51,7 +51,7 @@ WAYS: list[Callable[[Any, Path], Any]] = [in_memory, through_torch_save, through
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [2, 3])  # in the middle of a period, and right before a refresh
 def test_resuming_is_bitwise_not_having_stopped(
@@ -97,7 +97,7 @@ def test_a_state_dict_is_tensors_and_plain_data(backend: str) -> None:
     assert optimizer.state_dict()["state"][0]["block_size"] == 256
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize(("saver", "loader"), [("reference", "cpu"), ("cpu", "reference")])
 def test_loads_across_backends(saver: str, loader: str, optimizer_class: OptimizerClass) -> None:
     params = make_params()
@@ -113,7 +113,7 @@ def test_loads_across_backends(saver: str, loader: str, optimizer_class: Optimiz
         torch.testing.assert_close(loaded_params[name], param, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_loading_into_a_model_of_another_dtype_casts_nothing(
     backend: str, optimizer_class: OptimizerClass, dtype: torch.dtype
@@ -162,7 +162,7 @@ def test_loading_copies(backend: str) -> None:
     assert_same_snapshot(snapshot(other, other_params), before)  # nor does the dict reach into the run
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 def test_loading_into_a_used_optimizer_leaves_nothing_of_its_past(
     backend: str, optimizer_class: OptimizerClass
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from failing_allocations import FailingAllocations, watch_operations
 from optimizer_cases import (
-    EVERY_STATE,
+    EVERY_OPTIMIZER,
     OPTIMIZERS,
     OPTIONS,
     SHAPES,
@@ -299,7 +299,7 @@ def test_a_model_cast_in_mid_training_and_back(backend: str, optimizer_class: Op
 def test_optimizers_in_threads_equal_optimizers_in_turn(backend: str) -> None:
     def work(seed: int) -> dict[str, Any]:
         params = make_params(seed=seed)
-        optimizer = EVERY_STATE[seed % 2](list(params.items()), **OPTIONS, seed=seed, backend=backend)
+        optimizer = EVERY_OPTIMIZER[seed % 2](list(params.items()), **OPTIONS, seed=seed, backend=backend)
         train(optimizer, params, range(10 * seed, 10 * seed + 7))
         return snapshot(optimizer, params)
 

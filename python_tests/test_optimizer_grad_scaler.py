@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
-    EVERY_STATE,
+    EVERY_OPTIMIZER,
     OPTIONS,
     OptimizerClass,
     assert_same_snapshot,
@@ -37,7 +37,7 @@ def scaler_of(scale: float = SCALE) -> torch.amp.GradScaler:
     return scaler
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scaled_gradients_give_the_unscaled_run(
     backend: str, optimizer_class: OptimizerClass, dtype: torch.dtype

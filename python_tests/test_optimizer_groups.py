@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
-    EVERY_STATE,
+    OF_PROJECTIONS,
     SHAPES,
     OptimizerClass,
     clone_params,
@@ -163,7 +163,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 def test_convolutions_are_projected_as_matrices(backend: str, kind: str, optimizer_class: OptimizerClass) -> None:
     build, shape = CONVOLUTIONS[kind]
     weight = build().weight
@@ -216,7 +216,7 @@ def test_repr_says_what_auto_chose() -> None:
     assert "auto" in repr(GaLoreFusedAdamW(meta, rank=2))
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_state_bytes_are_counted_before_they_are_held(
@@ -242,7 +242,7 @@ def test_state_bytes_of_one_matrix_by_hand() -> None:
     assert GaLoreFusedAdamW([weight]).state_bytes() == basis + 2 * 4 * moments + scalars
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 def test_a_copied_optimizer_leads_its_own_life(backend: str, optimizer_class: OptimizerClass) -> None:
     params = make_params()
     optimizer = optimizer_class(params.values(), rank=16, backend=backend)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from grouping import KINDS, Grouping, Make, Params, apollo, compare, install, mixed, pair, plain, steps, take_for_device
-from optimizer_cases import EVERY_STATE, set_grads, train
+from optimizer_cases import EVERY_OPTIMIZER, set_grads, train
 from torch import Tensor, nn
 
 from galore_kernels.ops import registry
@@ -45,7 +45,7 @@ def test_groups_are_bitwise_one_tensor_at_a_time(grouped: Grouping, make: Make, 
     assert {operation for operation, *_ in grouped.calls} == {projected, "adam8bit_update"}
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 def test_a_checkpoint_in_mid_training(grouped: Grouping, optimizer_class: type[LowRankOptimizer]) -> None:
     both = pair(lambda params, backend: plain(params, backend, optimizer_class))
     steps(both, range(5))

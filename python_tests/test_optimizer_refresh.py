@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import (
-    EVERY_STATE,
+    OF_PROJECTIONS,
     OPTIMIZERS,
     OptimizerClass,
     assert_same_snapshot,
@@ -65,7 +65,7 @@ def refreshed_at(optimizer: GaLoreAdam, params: dict[str, nn.Parameter], steps: 
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=label)
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 def test_resuming_at_any_step_is_not_having_stopped(
     backend: str, optimizer_class: OptimizerClass, options: dict[str, Any]
 ) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from optimizer_cases import (
-    EVERY_STATE,
+    EVERY_OPTIMIZER,
+    OF_PROJECTIONS,
     OPTIONS,
     SHAPES,
-    WITH_BASES,
     OptimizerClass,
     assert_same_snapshot,
     clone_params,
@@ -164,7 +164,7 @@ def test_maximize_is_descent_along_the_negated_gradient(backend: str) -> None:
     assert float((params["bias"].detach() - descended_params["bias"].detach()).abs().min()) > 1e-2
 
 
-@pytest.mark.parametrize("optimizer_class", WITH_BASES)
+@pytest.mark.parametrize("optimizer_class", OF_PROJECTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_another_dtype(backend: str, optimizer_class: OptimizerClass, dtype: torch.dtype) -> None:
     optimizer, params = pair(optimizer_class, backend=backend)
@@ -233,7 +233,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", VIEWS)
 def test_a_strided_view_is_updated_in_place_and_its_neighbours_are_not(
@@ -346,7 +346,7 @@ COPIES: dict[str, Callable[[Pair], Pair]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_class", EVERY_STATE)
+@pytest.mark.parametrize("optimizer_class", EVERY_OPTIMIZER)
 @pytest.mark.parametrize("kind", COPIES)
 def test_copies_continue_bitwise(backend: str, optimizer_class: OptimizerClass, kind: str) -> None:
     both = pair(optimizer_class, backend=backend, seed=5)
@@ -385,7 +385,7 @@ def test_options_may_be_set_later_in_the_groups() -> None:
 
 def test_adamw_and_adam8bit_differ_in_their_moments_alone(backend: str) -> None:
     results = {}
-    for optimizer_class in EVERY_STATE:
+    for optimizer_class in EVERY_OPTIMIZER:
         optimizer, params = pair(optimizer_class, backend=backend)
         train(optimizer, params, range(4))
         results[optimizer_class] = params

@@ -183,8 +183,8 @@ class Config:
             self._expect("moments_on_refresh", self.moments_on_refresh != "rotate", "keep or reset with APOLLO")
         both = self.proj_type == "full"
         self._expect("basis_format", self.basis_format is None or not both, "none with --proj-type full")
-        possible = self.moments_on_refresh != "rotate" or self.optimizer != "galore_adafactor"
-        self._expect("moments_on_refresh", possible, f"keep or reset with --optimizer {self.optimizer}")
+        if self.optimizer == "galore_adafactor":
+            self._expect("moments_on_refresh", self.moments_on_refresh != "rotate", "keep or reset with Adafactor")
         ours, galore = self.optimizer in OURS, self.optimizer in GALORE
         self._expect("gradients", self.gradients == "dense" or galore, f"dense with --optimizer {self.optimizer}")
         self._expect("gradients", self.gradients == "dense" or not both, "dense with --proj-type full")
