@@ -84,7 +84,8 @@ def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]
     state = {}
     for index, update, group in zip(indices, optimizer.listed(), merged, strict=True):
         entry = saved.get(index)
-        if entry and set(entry) != {"seed"} and (step := _step(entry, update.name)):  # apollo_torch's before a step
+        before_a_step = isinstance(entry, Mapping) and set(entry) == {"seed"}  # apollo_torch's
+        if entry and not before_a_step and (step := _step(entry, update.name)):
             own = replace(update, group=group, layout=Layout.of(update.param, group, optimizer.rule))
             state[index] = _converted({**entry, **entry.get(_HIDDEN, {})}, step, own)
     optimizer.load_state_dict(add_header({"state": state, "param_groups": groups}, type(optimizer).__name__))

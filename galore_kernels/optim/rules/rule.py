@@ -102,5 +102,8 @@ class Rule(ABC):
     def group_fields(
         self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Fields of that call's ``UpdateGroup`` which the states and options say, but for Adam's states."""
+        """Fields of the ``UpdateGroup`` for that call which the states and options say, but for Adam's states.
+
+        Asked for only where ``operation`` names one.
+        """
         return {}
