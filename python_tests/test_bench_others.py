@@ -72,3 +72,23 @@ def test_runs_with_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> No
     run("int8", 0, 1.0, final="train")
     with pytest.raises(ValueError, match=r"int8-0.*expected a finished run"):
         pretrain_seeds.read_options(tmp_path)
+
+
+def test_the_family_s_table_has_losses_bytes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import family
+
+    run = tmp_path / "tiny-apollo_mini"
+    run.mkdir()
+    log = [
+        {"kind": "header", "config": {"optimizer": "apollo_mini"}},
+        {"kind": "final", "step": 400, "validation_loss": 1.5},
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    monkeypatch.setattr(family, "NAMES", ("apollo_mini",))
+    assert family.main([str(tmp_path), "--rounds", "2", "--out", str(tmp_path / "family.json")]) == 0
+    (row,) = json.loads((tmp_path / "family.json").read_text())["rows"]
+    assert (row["name"], row["loss"], row["rank"], len(row["seconds"])) == ("apollo_mini", 1.5, 1, 2)
+    # Of 28 matrices two float32 moments of their longer side; the rest is at full rank.
+    longer = 4 * (4 * 256 + 3 * 688)
+    full = 2 * 256 * 256 + 9 * 256
+    assert row["state_bytes"] == 2 * 4 * (longer + full) + 28 * (4 + 8 + 4) + 11 * (4 + 8)

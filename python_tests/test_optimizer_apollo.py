@@ -165,6 +165,20 @@ def test_what_is_for_found_bases_is_refused_for_drawn_ones(key: str) -> None:
     APOLLOFusedAdamW([{**group, "proj": "svd"}])
 
 
+@pytest.mark.parametrize(("before", "after"), [("random", "svd"), ("svd", "random")])
+def test_another_projection_in_mid_training_is_refused(before: str, after: str) -> None:
+    params = make_params()
+    optimizer = APOLLOFusedAdamW(params.values(), **OPTIONS, proj=before)
+    train(optimizer, params, range(2))
+    set_grads(params, 2)
+    kept = snapshot(optimizer, params)
+    optimizer.param_groups[0]["proj"] = after
+    with pytest.raises(ValueError, match="state was made for another shape or rank"):
+        optimizer.step()
+    optimizer.param_groups[0]["proj"] = before
+    assert_same_snapshot(snapshot(optimizer, params), kept)
+
+
 def test_prepared_layers_are_refused() -> None:
     model = prepare(nn.Sequential(nn.Linear(40, 60)), target_modules="all-linear", rank=4)
     with pytest.raises(ValueError, match="was prepared, and its full gradient is never there"):

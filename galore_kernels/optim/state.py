@@ -78,6 +78,8 @@ class Layout:
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether the tensors of ``state`` have this layout's shapes and, of moments and codes, its dtypes."""
+        if self.draws != ("basis_seed" in state):
+            return False
         specs: dict[str, Spec] = self.rule.moments(self)
         if self.basis_format is not None and self.bases:
             specs["basis"] = (self.bases["basis"], BASIS_CODE_DTYPES[self.basis_format])
