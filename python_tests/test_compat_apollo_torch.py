@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from compat_cases import PARITY, RANK, STEPS, differences, galore_groups, llama, mean_of_last, train, weights
-from optimizer_cases import clone_params, make_params, set_grads, snapshot
+from optimizer_cases import assert_same_snapshot, clone_params, make_params, set_grads, snapshot
 from optimizer_cases import train as train_by_hand
 from torch import Tensor, nn
 
-from galore_kernels.compat.apollo_torch import APOLLOAdamW
+from galore_kernels.compat.apollo_torch import APOLLOAdamW, GaLoreAdamW
 from galore_kernels.ops import RandomBasis, random_basis
 from galore_kernels.optim.update import derived_seed
 
@@ -173,7 +173,35 @@ def test_a_state_that_does_not_fit_is_refused(damage: Any, message: str) -> None
     before = snapshot(optimizer, copies)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state_dict)
-    assert snapshot(optimizer, copies).keys() == before.keys()
+    assert_same_snapshot(snapshot(optimizer, copies), before)
+
+
+def test_galore_s_state_is_not_apollo_s() -> None:
+    galore_torch, apollo_torch = pytest.importorskip("galore_torch"), pytest.importorskip("apollo_torch")
+    params = make_params()
+    matrices = [params[name] for name in MATRICES]
+    rest = [param for name, param in params.items() if name not in MATRICES]
+    galore_group = {key: GROUP[key] for key in ("rank", "update_proj_gap", "scale", "proj_type")}
+    galore = galore_torch.GaLoreAdamW(
+        [{"params": rest}, {"params": matrices, **galore_group}], no_deprecation_warning=True
+    )
+    train_by_hand(galore, params, range(2))
+    with pytest.raises(ValueError, match="the state is GaLore's, expected APOLLO's"):
+        by_hand(APOLLOAdamW, params).load_state_dict(galore.state_dict())
+    apollo = by_hand(apollo_torch.APOLLOAdamW, params, proj="svd")
+    train_by_hand(apollo, params, range(2))
+    ours = GaLoreAdamW([{"params": rest}, {"params": matrices, **galore_group}])
+    with pytest.raises(ValueError, match="the state is APOLLO's, expected GaLore's"):
+        ours.load_state_dict(apollo.state_dict())
+
+
+def test_a_rank_beyond_the_matrix_is_refused_by_name() -> None:
+    apollo_torch = pytest.importorskip("apollo_torch")
+    params = make_params()
+    rival = by_hand(apollo_torch.APOLLOAdamW, params, rank=64)  # of 40 x 20
+    train_by_hand(rival, params, range(2))
+    with pytest.raises(ValueError, match="its random projection has rank 64"):
+        by_hand(APOLLOAdamW, clone_params(params), rank=64).load_state_dict(rival.state_dict())
 
 
 def test_before_their_first_step_there_is_no_state() -> None:

@@ -104,6 +104,17 @@ def test_resuming_at_any_step_is_not_having_stopped(schedule: str, own: dict[str
         assert_same_snapshot(snapshot(resumed, resumed_params), snapshot(*straight))
 
 
+def test_a_reset_forgets_the_norm_that_limits_growth() -> None:
+    params = make_params({"tall": (300, 64)})
+    optimizer = APOLLOFusedAdamW([{"params": list(params.values()), "moments_on_refresh": "reset", **OPTIONS}])
+    norms = []
+    for step in range(7):
+        train(optimizer, params, range(step, step + 1))
+        norms.append(float(optimizer.state[params["tall"]]["scaled_norm"]))
+    # Adam's first directions are signs, 3.2 times as long as the bias-corrected ones that follow: no limit of 1.01.
+    assert min(norms[3] / norms[2], norms[6] / norms[5]) < 0.9 or max(norms[3] / norms[2], norms[6] / norms[5]) > 1.1
+
+
 def test_another_projection_s_checkpoint_is_refused() -> None:
     params = make_params()
     optimizer = APOLLOFusedAdam8bit(params.values(), **OPTIONS)

@@ -17,6 +17,7 @@ from optimizer_cases import (
     OPTIMIZERS,
     OPTIONS,
     SHAPES,
+    AdafactorAtALearningRate,
     OptimizerClass,
     assert_same_snapshot,
     differing_keys,
@@ -27,7 +28,7 @@ from optimizer_cases import (
 )
 from torch import Tensor, nn
 
-from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
 from galore_kernels.optim.base import LowRankOptimizer
 
 Params = dict[str, nn.Parameter]
@@ -101,6 +102,9 @@ ASYNCHRONOUS = refreshing(async_refresh=True, moments_on_refresh="rotate")
         (awkward, GaLoreFusedAdam8bit, 3, 15),
         (ROTATING, GaLoreFusedAdam8bit, 3, 30),
         (RESETTING, GaLoreFusedAdam8bit, 3, 15),
+        (plain, APOLLOFusedAdam8bit, 0, 15),
+        (plain, APOLLOFusedAdam8bit, 3, 8),  # whose bases are drawn
+        (plain, AdafactorAtALearningRate, 3, 15),
         (ASYNCHRONOUS, GaLoreFusedAdam8bit, 3, 15),  # searches
     ],
 )
@@ -299,7 +303,7 @@ def test_a_model_cast_in_mid_training_and_back(backend: str, optimizer_class: Op
 def test_optimizers_in_threads_equal_optimizers_in_turn(backend: str) -> None:
     def work(seed: int) -> dict[str, Any]:
         params = make_params(seed=seed)
-        optimizer = EVERY_OPTIMIZER[seed % 2](list(params.items()), **OPTIONS, seed=seed, backend=backend)
+        optimizer = EVERY_OPTIMIZER[seed](list(params.items()), **OPTIONS, seed=seed, backend=backend)
         train(optimizer, params, range(10 * seed, 10 * seed + 7))
         return snapshot(optimizer, params)
 

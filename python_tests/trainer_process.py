@@ -33,6 +33,8 @@ CASES: dict[str, Case] = {
         {"optimizer": "GaLoreFusedAdamW", "refresh_schedule": "adaptive", "async_refresh": True},
         None,
     ),
+    "APOLLO": (SCHEDULE, {"optimizer": "APOLLOFusedAdam8bit", "refresh_schedule": "staggered"}, None),
+    "Adafactor": (SCHEDULE, {"optimizer": "GaLoreFusedAdafactor"}, None),
     "auto ranks": (SCHEDULE, {"rank": "auto", "rank_budget": 120_000}, None),
     "layerwise": ({**SCHEDULE, "max_grad_norm": 0.5}, {"layerwise": True}, None),
     "prepared": (SCHEDULE, {}, {}),

@@ -374,13 +374,14 @@ def apollo_update(
 
 def adafactor_update(param: Tensor, grad: Tensor, state: AdafactorState, options: AdafactorOptions) -> None:
     def write(weight: Tensor, direction: Tensor, scale: float, scalars: dict[str, Any]) -> None:
-        factor = torch.full((1,), scale, dtype=torch.float32)
+        rows = weight.shape[0] if weight.dim() > 1 else 1  # which threads share
+        factor = torch.full((rows,), scale, dtype=torch.float32)
         _native.scaled_gradient_update(
             *_typed(weight),
             0,
             *_typed(direction),
-            1,
-            weight.numel(),
+            rows,
+            weight.numel() // max(1, rows),
             SIDE_CODES["right"],
             _address(factor),
             **scalars,

@@ -15,7 +15,7 @@ from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import drawn, schedule_of
-from galore_kernels.optim.rules import Adafactor
+from galore_kernels.optim.rules import Adafactor, Apollo
 from galore_kernels.optim.serialization import HEADER, add_header, check_sizes, merged_groups
 from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
@@ -134,11 +134,12 @@ def _converted(state: Mapping[str, Any], step: int, update: Update) -> dict[str,
         raise ValueError(
             f"{update.name}: the state is of a projected matrix, expected one at full rank; give its group the key rank"
         )
+    if layout.rank is not None:
+        _check_kind(state, update)
     entry = layout.new_state(param)
     entry["step"].fill_(step)
     entry |= (_factored_moments if isinstance(layout.rule, Adafactor) else _moments)(state, update)
     if layout.draws:
-        _projector(state, update)  # is what its group says
         entry |= drawn(update, 0)
     elif layout.rank is not None:
         for name, basis in _bases(_projector(state, update), update).items():
@@ -148,6 +149,23 @@ def _converted(state: Mapping[str, Any], step: int, update: Update) -> dict[str,
     if layout.rank is not None:
         entry |= asdict(_record(step, update))
     return entry
+
+
+def _check_kind(state: Mapping[str, Any], update: Update) -> None:
+    """Raises ValueError unless GaLore's state is for one of GaLore's optimizers, and APOLLO's for one of APOLLO's."""
+    rule = update.layout.rule
+    theirs, ours = "seed" in state, isinstance(rule, Apollo)  # apollo_torch gives every parameter a seed
+    if theirs != ours:
+        names = {True: "APOLLO", False: "GaLore"}
+        raise ValueError(
+            f"{update.name}: the state is {names[theirs]}'s, expected {names[ours]}'s: the moments of one say nothing "
+            f"to the other; construct one of {names[theirs]}'s optimizers"
+        )
+    if update.layout.draws and (rank := _projector(state, update)["rank"]) > (update.layout.rank or 0):
+        raise ValueError(
+            f"{update.name}: its random projection has rank {rank}, which is more than its matrix has dimensions; here "
+            f"it has {update.layout.rank}, and other moments: begin with fresh state"
+        )
 
 
 def _tensor(state: Mapping[str, Any], key: str, update: Update, shape: tuple[int, ...]) -> Tensor:

@@ -141,6 +141,8 @@ def _options(args: Any, optimizer: type[Optimizer], options: Mapping[str, Any]) 
     common = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if "betas" in accepted:  # Adafactor's eps is another thing than Adam's
         common |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if "relative_step" in accepted:  # as the Trainer's own galore_adafactor: its learning rate counts, and is the step
+        common |= {"relative_step": False, "scale_parameter": False}
     own = {**_parsed(args.optim_args), **options}
     for name in own:
         if name not in accepted:

@@ -78,8 +78,8 @@ def apollo_update(
     step, and after a gradient of zeros, or of next to nothing, the growth from it would take a thousand steps to reach
     an ordinary norm.
 
-    If an element of R is NaN, infinite or beyond 1.8446743e19, or the sum of the squares of a long index of g is not
-    finite, nothing changes but ``state.skipped``, which grows by one.
+    If an element of R is NaN, infinite or beyond 1.8446743e19, or the float32 sum of the squares of a long index of
+    ``grad``, unscaled, is not finite, nothing changes but ``state.skipped``, which grows by one.
 
     Args:
         param: (m, n), any strides; float32, bfloat16 or float16. With ``weight_scale`` int8 codes, as in

@@ -129,9 +129,9 @@ class LowRankOptimizer(OneByOne):
         Returns:
             For each that has a basis: ``rank``; ``captured``, the estimated share of the gradient's energy in it;
             ``overlap`` with the basis before, 1 if the subspace stayed and r / S if chance alone is left of it (None
-            at the first); both None where bases are drawn; ``refreshes``; ``refreshed_at``, the steps taken before the
-            last; ``interval``, steps from then to the next. Takes over what an asynchronous refresh has found, and
-            waits for it.
+            at the first); both None where they are unknown, as of drawn bases; ``refreshes``; ``refreshed_at``, the
+            steps taken before the last; ``interval``, steps from then to the next. Takes over what an asynchronous
+            refresh has found, and waits for it.
         """
         self._take_pending()
         report = {}
@@ -141,7 +141,7 @@ class LowRankOptimizer(OneByOne):
                 record, layout = refresh_record(state), self._layout(param, group)
                 report[name] = {
                     "rank": layout.rank,
-                    "captured": None if layout.draws else record.captured,
+                    "captured": record.captured or None,  # 0: drawn, or brought over from elsewhere
                     "overlap": record.overlap if record.refreshes > 1 and not layout.draws else None,
                     "refreshes": record.refreshes,
                     "refreshed_at": record.refreshed_at,

@@ -67,10 +67,11 @@ class Update:
                 "the first step, or load the optimizer's state_dict again after moving it"
             )
         if grad.shape != param.shape or (state and not self.layout.fits(state)):
+            options = ", ".join(("rank", "proj_type", *self.layout.rule.structural))
             raise ValueError(
                 f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}, and its "
-                "state was made for another shape or rank, or was cast; it was changed since the last step: make a new "
-                "optimizer, or restore it"
+                f"state was made for another shape or rank, or for other options of its group ({options}), or was "
+                "cast; it was changed since the last step: make a new optimizer, or restore it"
             )
 
     def rounding_seed(self, state: Mapping[str, Any]) -> int | None:

@@ -53,7 +53,7 @@ class Adam(Rule):
 
     def new_tensors(self, layout: Layout, device: torch.device) -> dict[str, Any]:
         adam = AdamState.zeros(layout.moments, eight_bit=layout.eight_bit, device=device)
-        return {name: value for name in self.moment_names if (value := getattr(adam, name)) is not None}
+        return {name: value for name in Adam.moment_names if (value := getattr(adam, name)) is not None}
 
     def scalars(self, group: Mapping[str, Any], lr: Tensor, unscaling: Mapping[str, Any]) -> ops.AdamOptions:
         return ops.AdamOptions(

@@ -34,6 +34,8 @@ class Apollo(Adam):
 
     own_keys = (*Adam.own_keys, "proj", "scale_type", "scale_front", "norm_growth_limit")
     structural = ("proj",)
+    # Set back with them: the first steps after a reset are several times as long as the limiter would let grow.
+    moment_names = (*Adam.moment_names, "scaled_norm")
     takes_lowrank = False
     served_by = "apollo_update"
 
