@@ -32,8 +32,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "all_representable": {"x": 0, "dtype": 0, "n": 0, "inv_grad_scale": 1.0, "threads": 1},
     "adam_update": {"param": 0, "param_dtype": 0, "grad": 0, "grad_dtype": 0, "n": 0, **MOMENTS, **ADAM}
     | {"rounding_seed": None},
-    "project": {"grad": 0, "grad_dtype": 0, "lowrank_out": 0, "workspace": 0, "inv_grad_scale": 1.0, "threads": 1}
-    | MATRIX,
+    "project": {"grad": 0, "grad_dtype": 0, "lowrank_out": 0, "squares": 0, "workspace": 0, "threads": 1}
+    | {"inv_grad_scale": 1.0, **MATRIX},
+    "random_basis": {"seed": 0, "rows": 0, "rank": 1, "magnitudes": 0, "out": 0, "threads": 1},
+    "row_squares": {"x": 0, "rows": 0, "columns": 0, "out": 0, "threads": 1},
+    "gradient_factors": {"direction_squares": 0, "lowrank_squares": 0, "grad_squares": 0, "n": 0, "per_tensor": False}
+    | {"scale": 1.0, "scale_front": False, "norm_growth_limit": 1.01, "scaled_norm": 0.0, "factors": 0}
+    | {name: value for name, value in ADAM.items() if name != "threads"},
+    "scaled_gradient_update": {"param": 0, "param_dtype": 0, "weight_scale": 0, "grad": 0, "grad_dtype": 0, "rows": 0}
+    | {"cols": 0, "side": 0, "factors": 0, "rounding_seed": None, **ADAM},
     "lowrank_adam": {"lowrank_inout": 0, "n": 0, **MOMENTS, **ADAM},
     "back_project_update": {"param": 0, "param_dtype": 0, "update": 0, "scale": 1.0, "workspace": 0, **MATRIX, **ADAM}
     | {"rounding_seed": None, "weight_scale": 0},
@@ -48,6 +55,7 @@ BAD: dict[str, tuple[int, str]] = {
     "n": (-1, "0 or more"),
     "rows": (-1, "0 or more"),
     "cols": (-1, "0 or more"),
+    "columns": (-1, "0 or more"),
     "step": (-1, "0 or more"),
     "rank": (0, "1 or more"),
     "new_rank": (0, "1 or more"),
@@ -98,7 +106,7 @@ def test_codes_have_scales_and_nothing_else_has(name: str, dtype: int, scale: in
         function(name)(**(CALLS[name] | {"basis_dtype": dtype, "basis_scale": scale}))
 
 
-@pytest.mark.parametrize("name", ["adam_update", "back_project_update"])
+@pytest.mark.parametrize("name", ["adam_update", "back_project_update", "scaled_gradient_update"])
 @pytest.mark.parametrize("dtype", [0, 2])  # float32, float16
 def test_stochastic_rounding_is_for_bfloat16(dtype: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"rounding_seed: .* got param_dtype={dtype}"):
