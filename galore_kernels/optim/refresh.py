@@ -75,10 +75,12 @@ def batches(updates: Sequence[Update], states: Mapping[Tensor, Mapping[str, Any]
 
 def find_together(batch: Sequence[Update], states: Mapping[Tensor, Mapping[str, Any]]) -> dict[int, Found]:
     """What is found for a batch of several parameters, by the id of those that need it in this step."""
+    if len(batch) == 1:
+        return {}
     fresh = {"step": 0.0, **asdict(RefreshRecord())}
     pairs = [(update, states.get(update.param) or fresh) for update in batch]
     due = [(update, state) for update, state in pairs if is_due(update, state) and not is_asynchronous(update, state)]
-    if len(batch) == 1 or not due:
+    if not due:
         return {}
     found = find_bases([update for update, _ in due], [state for _, state in due], [update.grad for update, _ in due])
     return {id(update.param): own for (update, _), own in zip(due, found, strict=True)}
