@@ -16,9 +16,18 @@ VARIABLE = "GPU_TEST_LOG"
 _LONGEST_TEXT = 4000
 
 
+#: With pytest-xdist only the controller reports. Not its variable tells: a run within a worker's test has that too.
+_is_worker = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Finds out where it runs."""
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
+
+
 def _write(record: dict[str, Any]) -> None:
-    # With pytest-xdist only the controller reports.
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not _is_worker:
         with Path(os.environ[VARIABLE]).open("a") as log:
             log.write(json.dumps(record) + "\n")
 

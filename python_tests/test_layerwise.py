@@ -428,7 +428,7 @@ def test_zero_grad_before_step_leaves_the_step_to_be_ended() -> None:
 
 def test_what_cannot_be_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = made()
-    with pytest.raises(TypeError, match="optimizer: expected a GaLoreFusedAdam8bit"):
+    with pytest.raises(TypeError, match="optimizer: expected one of galore_kernels"):
         LayerwiseOptimizer(torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="accumulation_steps=0"):
         LayerwiseOptimizer(plain, accumulation_steps=0)
