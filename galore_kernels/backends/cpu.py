@@ -174,8 +174,14 @@ def _projected(
     side: str,
     workspace: Tensor,
     threads: int,
+    *,
+    divisor: float = 1.0,
+    squares: Tensor | None = None,
 ) -> Tensor | None:
-    """R / grad_scale in float32, or None if it is not representable."""
+    """R / grad_scale / divisor in float32, or None if it is not representable.
+
+    ``squares``: for the sums of the squares of the gradient's long indices, float32 (L,), which must be finite then.
+    """
     rows, cols = param.shape
     rank, grad = _rank(basis, basis_scale), grad.contiguous()
     lowrank = torch.empty((long_short((rows, cols), side)[0], rank), dtype=torch.float32)
@@ -188,8 +194,8 @@ def _projected(
         _address(basis_scale),
         rank,
         _address(lowrank),
-        squares=0,
-        inv_grad_scale=_inverse_grad_scale(options),
+        squares=_address(squares),
+        inv_grad_scale=_inverse_grad_scale(options) / divisor,
         workspace=_address(workspace),
         threads=threads,
     )
@@ -311,33 +317,21 @@ def apollo_update(
     weight, grad, threads = param.contiguous(), grad.contiguous(), torch.get_num_threads()
     rows, cols = param.shape
     long, short = long_short((rows, cols), side)
-    inv_grad_scale = projected_scale = _inverse_grad_scale(options)
+    divisor = 1.0
     if isinstance(basis, RandomBasis):
-        projected_scale /= math.sqrt(basis.rank)
+        divisor = math.sqrt(basis.rank)
         basis = random_basis(short, basis, param.device)
     rank = basis.shape[1]
-    lowrank = torch.empty((long, rank), dtype=torch.float32)
     squares, factors = torch.empty((2, long), dtype=torch.float32)
     of_lowrank, of_direction = torch.empty((2, long), dtype=torch.float64)
     workspace = _workspace(param, rank, side, threads)
-    representable = _native.project(
-        *_typed(grad),
-        rows,
-        cols,
-        SIDE_CODES[side],
-        *_typed(basis),
-        0,
-        rank,
-        _address(lowrank),
-        squares=_address(squares),
-        inv_grad_scale=projected_scale,
-        workspace=_address(workspace),
-        threads=threads,
+    lowrank = _projected(
+        param, grad, basis, None, None, options, side, workspace, threads, divisor=divisor, squares=squares
     )
-    if not representable:
+    if lowrank is None:
         state.skipped.add_(1)
         return
-    scalars = _scalars(state, options, inv_grad_scale)
+    scalars = _scalars(state, options, _inverse_grad_scale(options))
     _native.row_squares(_address(lowrank), long, rank, _address(of_lowrank), threads)
     _native.lowrank_adam(
         _address(lowrank), lowrank.numel(), *_moments(state), **{**scalars, "inv_grad_scale": 1.0}, threads=threads
@@ -413,8 +407,10 @@ def galore_adafactor_update(
     if lowrank is None:
         state.skipped.add_(1)
         return
-    rest = replace(options, grad_scale=None)  # the projection has divided by it
-    lowrank_adafactor_update(param, lowrank, basis, long_basis, basis_scale, state, rest, side, scale, weight_scale)
+    g = scaled_gradient(lowrank, replace(options, grad_scale=None))  # the projection has divided by it
+    _projected_adafactor(
+        param, weight_scale, g, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads
+    )
 
 
 def lowrank_adafactor_update(
@@ -433,12 +429,32 @@ def lowrank_adafactor_update(
         return
     threads = torch.get_num_threads()
     workspace = _workspace(param, _rank(basis, basis_scale), side, threads)
+    g = scaled_gradient(lowrank_grad, options)
+    _projected_adafactor(
+        param, weight_scale, g, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads
+    )
+
+
+def _projected_adafactor(
+    param: Tensor,
+    weight_scale: Tensor | None,
+    g: Tensor,
+    basis: Tensor,
+    long_basis: Tensor | None,
+    basis_scale: Tensor | None,
+    state: AdafactorState,
+    options: AdafactorOptions,
+    side: str,
+    scale: float,
+    workspace: Tensor,
+    threads: int,
+) -> None:
+    """Adafactor on the projected gradient, scaled and signed, then back-projection into the weight."""
 
     def write(weight: Tensor, direction: Tensor, scale: float, scalars: dict[str, Any]) -> None:
         wide = direction if long_basis is None else long_basis.float() @ direction
         _back_project(weight, weight_scale, wide, basis, basis_scale, side, scale, scalars, options, workspace, threads)
 
-    g = scaled_gradient(lowrank_grad, options)
     _adafactor(param, weight_scale, g, state, options, scale, write)
 
 
