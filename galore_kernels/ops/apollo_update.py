@@ -24,7 +24,7 @@ from galore_kernels.ops.adam import (
     flat_state,
 )
 from galore_kernels.ops.library import define
-from galore_kernels.ops.projection import SIDES, check_projected_weight, check_projection, long_short
+from galore_kernels.ops.projection import check_oriented, check_projected_weight, check_projection
 from galore_kernels.ops.random_basis import RandomBasis, check_random_basis
 
 SCALINGS = ("channel", "tensor")
@@ -138,11 +138,7 @@ def check_apollo(op: str, apollo: ApolloOptions) -> None:
 def check_drawn(op: str, param: Tensor, basis: RandomBasis, side: str) -> tuple[int, int]:
     """Raises ValueError unless the weight can be projected so. Returns the shape of the low-rank gradient."""
     check_random_basis(op, basis)
-    if param.dim() != 2:
-        fail(op, "param", "a matrix", f"{param.dim()} dimensions", "view it as (m, n)")
-    if side not in SIDES:
-        fail(op, "side", f"one of {', '.join(SIDES)}", repr(side), "choose one of them")
-    return long_short(tuple(param.shape), side)[0], basis.rank
+    return check_oriented(op, param, side)[0], basis.rank
 
 
 def check_norm(op: str, param: Tensor, scaled_norm: Tensor) -> None:

@@ -34,6 +34,17 @@ def long_short(shape: tuple[int, ...], side: str) -> tuple[int, int]:
     return (rows, cols) if side == "right" else (cols, rows)
 
 
+def check_oriented(op: str, param: Tensor, side: str) -> tuple[int, int]:
+    """Raises ValueError unless ``param`` is a matrix and there is such a side. Returns (L, S)."""
+    if param.dim() != 2:
+        raise ValueError(
+            f"{op}: param must be a matrix, got {param.dim()} dimensions; view it as (m, n), or use adam8bit_update"
+        )
+    if side not in SIDES:
+        raise ValueError(f"{op}: side must be one of {', '.join(SIDES)}, got {side!r}; choose one of them")
+    return long_short(tuple(param.shape), side)
+
+
 def check_projection(
     op: str,
     param: Tensor,
@@ -44,15 +55,9 @@ def check_projection(
     scale: float,
 ) -> tuple[int, int]:
     """Raises ValueError unless the projection fits the weight. Returns the shape of the low-rank gradient."""
-    if param.dim() != 2:
-        raise ValueError(
-            f"{op}: param must be a matrix, got {param.dim()} dimensions; view it as (m, n), or use adam8bit_update"
-        )
-    if side not in SIDES:
-        raise ValueError(f"{op}: side must be one of {', '.join(SIDES)}, got {side!r}; choose one of them")
+    long, short = check_oriented(op, param, side)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}; GaLore's default is 0.25")
-    long, short = long_short(tuple(param.shape), side)
     device = param.device
     if basis_scale is not None:
         return long, _check_quantized(op, basis, basis_scale, long_basis, short, device)
