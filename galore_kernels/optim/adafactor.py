@@ -46,7 +46,7 @@ class GaLoreFusedAdafactor(LowRankOptimizer):
         ValueError, TypeError: an argument out of range; names argument, group and remedy.
     """
 
-    _rule = Adafactor()
+    rule = Adafactor()
 
     def __init__(
         self,

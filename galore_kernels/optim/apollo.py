@@ -91,10 +91,10 @@ class APOLLOFusedAdamW(_ApolloAdam):
         ValueError, TypeError: an argument out of range; names argument, group and remedy.
     """
 
-    _rule = Apollo(eight_bit=False)
+    rule = Apollo(eight_bit=False)
 
 
 class APOLLOFusedAdam8bit(_ApolloAdam):
     """APOLLO with 8-bit moments; everything else as ``APOLLOFusedAdamW``."""
 
-    _rule = Apollo(eight_bit=True)
+    rule = Apollo(eight_bit=True)

@@ -17,7 +17,6 @@ from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.factored import check_factored
 from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
-from galore_kernels.optim.rules import Rule
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 
 
@@ -36,7 +35,7 @@ class LowRankOptimizer(OneByOne):
             raise TypeError("params: expected an iterable of tensors or groups, got a Tensor; wrap it in a list")
         entries = list(params)
         defaults = {**SUBSPACE_DEFAULTS, **defaults}
-        check_group(defaults, f"{type(self).__name__}(...)", self._rule)
+        check_group(defaults, f"{type(self).__name__}(...)", self.rule)
         self._backend = backend
         # Given groups of which some carry a rank, exactly those are projected.
         self._ranks_are_explicit = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
@@ -46,11 +45,6 @@ class LowRankOptimizer(OneByOne):
         super().__init__(entries, defaults)
         self._is_made = True
         self._adopt()
-
-    @property
-    def rule(self) -> Rule:
-        """What it makes of gradients."""
-        return self._rule
 
     # ------------------------------------------------------------------ groups
 
@@ -77,12 +71,12 @@ class LowRankOptimizer(OneByOne):
         group["rank_is_explicit"] = explicit
         if group.get("rank", AUTO) != AUTO:
             group.setdefault("rank_budget", None)  # the constructor's is for those that are chosen
-        for key in self._rule.own_keys:
+        for key in self.rule.own_keys:
             value = group.get(key, self.defaults[key])
             group[key] = tuple(value) if isinstance(value, list) else value
         self._check_new_params(group, where)
         first = f' ("{_entry_name(group["params"][0])}")' if group["params"] and _entry_name(group["params"][0]) else ""
-        check_group({**self.defaults, **group}, where + first, self._rule)
+        check_group({**self.defaults, **group}, where + first, self.rule)
         if undecided({**self.defaults, **group}):
             params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
             check_budget({**self.defaults, **group, "params": params}, self._layout)
@@ -90,7 +84,7 @@ class LowRankOptimizer(OneByOne):
             tensor = param[1] if isinstance(param, tuple) else param
             gradient = lowrank_gradient_of(tensor)
             if gradient is not None:
-                if not self._rule.takes_lowrank:
+                if not self.rule.takes_lowrank:
                     raise ValueError(
                         f"{where}: a layer of shape {tuple(gradient.weight.shape)} was prepared, and its full gradient "
                         f"is never there, which {type(self).__name__} scales; unprepare the model"
@@ -171,17 +165,17 @@ class LowRankOptimizer(OneByOne):
         return total
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} ({self._rule!r}, backend {self._backend_name()})"]
+        lines = [f"{type(self).__name__} ({self.rule!r}, backend {self._backend_name()})"]
         for index, group in enumerate(self.param_groups):
             layouts = [self._layout(param, group) for param in group["params"] if param.requires_grad]
-            lines.append(f"  group {index}: {describe_group(group, layouts, self._rule)}")
+            lines.append(f"  group {index}: {describe_group(group, layouts, self.rule)}")
         return "\n".join(lines)
 
     def _backend_name(self) -> str:
         if self._backend != "auto":
             return self._backend
         devices = {param.device for group in self.param_groups for param in group["params"]} - {torch.device("meta")}
-        chosen = {registry.select(self._rule.served_by, "auto", device).name for device in devices}
+        chosen = {registry.select(self.rule.served_by, "auto", device).name for device in devices}
         return f"auto -> {', '.join(sorted(chosen)) or 'none yet'}"
 
     # ------------------------------------------------------------------ persistence
@@ -220,7 +214,7 @@ class LowRankOptimizer(OneByOne):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state, groups = serialization.checked(
-            state_dict, type(self).__name__, self.param_groups, list(self._named_params()), self._layout, self._rule
+            state_dict, type(self).__name__, self.param_groups, list(self._named_params()), self._layout, self.rule
         )
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -110,10 +110,10 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
         ValueError, TypeError: an argument out of range; names argument, group and remedy.
     """
 
-    _rule = Adam(eight_bit=True)
+    rule = Adam(eight_bit=True)
 
 
 class GaLoreFusedAdamW(GaLoreAdam):
     """GaLore with float32 Adam moments; everything else as ``GaLoreFusedAdam8bit``."""
 
-    _rule = Adam(eight_bit=False)
+    rule = Adam(eight_bit=False)

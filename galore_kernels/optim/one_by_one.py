@@ -76,7 +76,7 @@ class OneByOne(SteppingOptimizer):
         """
         state = self.state.get(update.param)
         if (
-            not self._rule.takes_lowrank
+            not self.rule.takes_lowrank
             or update.layout.rank is None
             or update.factored is not None
             or not state

@@ -69,7 +69,7 @@ class SteppingOptimizer(UpdatingOptimizer):
                 index += 1
 
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        return Layout.of(param, group, self._rule)
+        return Layout.of(param, group, self.rule)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -259,7 +259,7 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def _check_groups(self) -> None:
         for index, group in enumerate(self.param_groups):
-            check_scheduled(group, f"param group {index}", self._rule)
+            check_scheduled(group, f"param group {index}", self.rule)
 
     def _check(self, update: Update) -> None:
         check_param(update.param, update.name)

@@ -42,7 +42,7 @@ class NonFiniteGradientWarning(UserWarning):
 class UpdatingOptimizer(Optimizer):
     """How every optimizer updates what a plan names. What it remembers, ``_forget`` may drop at any time."""
 
-    _rule: ClassVar[Rule]
+    rule: ClassVar[Rule]  #: what it makes of gradients
     _backend: str
 
     def _forget(self) -> None:
@@ -53,10 +53,10 @@ class UpdatingOptimizer(Optimizer):
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
         self._pending = Pending()
-        self._observed = observed_options(self._rule)
+        self._observed = observed_options(self.rule)
 
     def _select(self, device: torch.device) -> registry.Backend:
-        return registry.select(self._rule.served_by, self._backend, device)
+        return registry.select(self.rule.served_by, self._backend, device)
 
     def _update(
         self,
@@ -116,7 +116,7 @@ class UpdatingOptimizer(Optimizer):
         """The scalars of a step, but for the rounding's seed, which each tensor has its own of."""
         rate = 0.0 if group["lr"] is None else group["lr"]
         lr = self._rates.on(device, rate, id(group), capturing=capture)
-        return self._rule.scalars(group, lr, unscaling.on(device))
+        return self.rule.scalars(group, lr, unscaling.on(device))
 
     def _look_at_skips(self, watched: Mapping[torch.device, Watched]) -> None:
         for device, own in watched.items():
@@ -187,7 +187,7 @@ class UpdatingOptimizer(Optimizer):
                 finished.append(param)
             if taken and search is not None:
                 self._pending.keep(update, search, step)
-            if "step" in changed or "basis_seed" in changed or changed.get("refreshes") == 1:
+            if "step" in changed or changed.get("refreshes") == 1:
                 self._plan = None  # other seeds, or a first basis, so that it can be grouped with others
         if param in self.state and self._select(param.device).group is not None:
             skipped = self._counters.note(state, steps, skipped, skips)
