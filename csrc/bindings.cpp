@@ -4,8 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -13,7 +11,6 @@
 
 #include "core/absmax_block.h"
 #include "core/adam.h"
-#include "core/apollo.h"
 #include "core/rotate_moments.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
@@ -255,24 +252,12 @@ float gradient_factors(Address direction_squares, Address lowrank_squares, Addre
                        Address factors_out, double lr, double beta1, double beta2, double eps, double weight_decay,
                        index_t step, double inv_grad_scale, bool maximize) {
     const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
-    const double* of_direction = pointer<const double>(direction_squares);
-    const double* of_lowrank = pointer<const double>(lowrank_squares);
-    const float* of_gradient = pointer<const float>(grad_squares);
-    float* factors = pointer<float>(factors_out);
-    const double all_direction = std::accumulate(of_direction, of_direction + at_least("n", n, 0), 0.0);
-    const double all_lowrank = std::accumulate(of_lowrank, of_lowrank + n, 0.0);
-    double squares = 0.0;
-    for (index_t j = 0; j < n; ++j) {
-        factors[j] = per_tensor ? gk::gradient_factor(all_direction, all_lowrank)
-                                : gk::gradient_factor(of_direction[j], of_lowrank[j]);
-        squares += static_cast<double>(factors[j]) * factors[j] * of_gradient[j];
-    }
-    const double root = std::sqrt(scale);
-    const double norm = std::sqrt(squares) * inv_grad_scale * (scale_front ? root : 1.0);
-    const double limiter = gk::growth_limiter(norm, scaled_norm, norm_growth_limit);
-    const float step_size = gk::adam_coefficients(scalars, root / limiter).step_size;
-    for (index_t j = 0; j < n; ++j) factors[j] *= step_size;
-    return static_cast<float>(norm / limiter);
+    const gk::cpu::FactorSums sums{pointer<const double>(direction_squares), pointer<const double>(lowrank_squares),
+                                   pointer<const float>(grad_squares)};
+    const gk::cpu::FactorScalars how{per_tensor, scale, scale_front, norm_growth_limit, scaled_norm};
+    at_least("n", n, 0);
+    const py::gil_scoped_release unlocked;
+    return selected_kernels().gradient_factors(sums, n, how, scalars, pointer<float>(factors_out));
 }
 
 void scaled_gradient_update(Address param, int param_dtype, Address weight_scale, Address grad, int grad_dtype,

@@ -1,7 +1,10 @@
-// row_squares: what norms of R and of the directions are made of. add_squares: the same of the gradient's long indices,
-// by project(), while it has the gradient in the cache.
+// gradient_factors: APOLLO's, of the gradient's long indices. row_squares: what norms of R and of the directions are
+// made of. add_squares: the same of the gradient's long indices, by project(), while it has the gradient in the cache.
 #pragma once
 
+#include <numeric>
+
+#include "../core/apollo.h"
 #include "elements.h"
 #include "kernels.h"
 
@@ -50,6 +53,25 @@ static void add_squares(const G* region, index_t ld, index_t longs, index_t elem
             });
         }
     }
+}
+
+// Returns the limited norm of the scaled gradient.
+static float gradient_factors(const FactorSums& sums, index_t n, const FactorScalars& s, const AdamScalars& adam,
+                              float* factors) {
+    const double all_direction = std::accumulate(sums.direction, sums.direction + n, 0.0);
+    const double all_lowrank = std::accumulate(sums.lowrank, sums.lowrank + n, 0.0);
+    double squares = 0.0;
+    for (index_t j = 0; j < n; ++j) {
+        factors[j] = s.per_tensor ? gradient_factor(all_direction, all_lowrank)
+                                  : gradient_factor(sums.direction[j], sums.lowrank[j]);
+        squares += static_cast<double>(factors[j]) * factors[j] * sums.gradient[j];
+    }
+    const double root = std::sqrt(s.scale);
+    const double norm = std::sqrt(squares) * adam.inv_grad_scale * (s.scale_front ? root : 1.0);
+    const double limiter = growth_limiter(norm, s.previous_norm, s.norm_growth_limit);
+    const float step_size = adam_coefficients(adam, root / limiter).step_size;
+    for (index_t j = 0; j < n; ++j) factors[j] *= step_size;
+    return static_cast<float>(norm / limiter);
 }
 
 static inline bool all_finite(const float* x, index_t n) {

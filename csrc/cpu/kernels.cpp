@@ -51,6 +51,7 @@ const Kernels kernels = {GK_STRING(GK_ISA),
                          rotate_workspace_bytes,
                          random_basis,
                          row_squares,
+                         gradient_factors,
                          scaled_gradient_update,
                          random_bits};
 

@@ -53,6 +53,22 @@ struct Rotation {
     index_t new_rank;
 };
 
+// Sums of squares of each long index: of Adam's directions, of R, and of the unscaled gradient.
+struct FactorSums {
+    const double* direction;
+    const double* lowrank;
+    const float* gradient;
+};
+
+// How they become factors: see core/apollo.h.
+struct FactorScalars {
+    bool per_tensor;
+    double scale;
+    bool scale_front;
+    double norm_growth_limit;
+    float previous_norm;
+};
+
 struct Kernels {
     const char* isa;
     void (*quantize_blockwise)(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes,
@@ -80,6 +96,8 @@ struct Kernels {
                          std::uint16_t* out, int threads);
     // out (rows): the sums of the squares of x's rows.
     void (*row_squares)(const float* x, index_t rows, index_t columns, double* out, int threads);
+    float (*gradient_factors)(const FactorSums& sums, index_t n, const FactorScalars& scalars, const AdamScalars& adam,
+                              float* factors);
     // factors: of each row on the right side, of each column on the left.
     void (*scaled_gradient_update)(const Weight& weight, const void* grad, DType grad_dtype, index_t rows, index_t cols,
                                    Side side, const float* factors, const AdamCoefficients& coefficients, int threads);
