@@ -12,8 +12,9 @@
 #include "core/absmax_block.h"
 #include "core/adam.h"
 #include "core/rotate_moments.h"
+#include "cpu/arguments.h"
 #include "cpu/kernels.h"
-#include "cpu/thread_pool.h"
+#include "cpu/update_bindings.h"
 #if defined(GK_WITH_CUDA)
 #include "cuda/bindings.h"
 #endif
@@ -22,62 +23,9 @@ namespace py = pybind11;
 
 namespace {
 
+using namespace gk::cpu;
 using gk::index_t;
-using gk::cpu::Kernels;
-using gk::cpu::Moments;
-using gk::cpu::Projection;
-using gk::cpu::Rotation;
-using gk::cpu::selected_kernels;
-using gk::cpu::Weight;
-using gk::cpu::WeightRounding;
-using Address = std::uintptr_t;
 using Seed = std::optional<std::uint64_t>;
-
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-[[noreturn]] void refuse(const char* name, index_t value, const char* expected) {
-    throw std::invalid_argument(std::string(name) + "=" + std::to_string(value) + ": expected " + expected);
-}
-
-index_t at_least(const char* name, index_t value, index_t least) {
-    if (value < least) refuse(name, value, least == 0 ? "0 or more" : "1 or more");
-    return value;
-}
-
-int thread_count(index_t threads) {
-    at_least("threads", threads, 1);
-    return static_cast<int>(std::min<index_t>(threads, gk::cpu::kMaxThreads));
-}
-
-gk::DType dtype_of(const char* name, int code) {
-    if (code < 0 || code > 2) refuse(name, code, "0 (float32), 1 (bfloat16) or 2 (float16)");
-    return static_cast<gk::DType>(code);
-}
-
-gk::DType projected_dtype_of(int code) {
-    if (code < 0 || code > 3) refuse("param_dtype", code, "0 (float32), 1 (bfloat16), 2 (float16) or 3 (int8)");
-    return static_cast<gk::DType>(code);
-}
-
-gk::DType basis_dtype_of(int code, Address basis_scale) {
-    if (code < 0 || code > 4) {
-        refuse("basis_dtype", code, "0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (int4)");
-    }
-    if ((code >= 3) != (basis_scale != 0)) {
-        throw std::invalid_argument("basis_scale: expected an address with int8 or int4 codes and 0 without, got " +
-                                    std::string(basis_scale != 0 ? "one" : "0") +
-                                    " with basis_dtype=" + std::to_string(code));
-    }
-    return static_cast<gk::DType>(code);
-}
-
-gk::Side side_of(int code) {
-    if (code != 0 && code != 1) refuse("side", code, "0 (right) or 1 (left)");
-    return static_cast<gk::Side>(code);
-}
 
 Moments moments_of(Address m, Address v, Address m_absmax, Address v_absmax) {
     if ((m_absmax == 0) != (v_absmax == 0)) {
@@ -110,11 +58,7 @@ Weight weight_of(Address data, int dtype_code, Seed rounding_seed, index_t step)
 // The same of a projected weight, which may be int8 codes.
 Weight projected_weight_of(Address data, int dtype_code, Address scale, Seed rounding_seed, index_t step) {
     const gk::DType dtype = projected_dtype_of(dtype_code);
-    if ((dtype == gk::DType::int8) != (scale != 0)) {
-        throw std::invalid_argument("weight_scale: expected an address with int8 codes and 0 without, got " +
-                                    std::string(scale != 0 ? "one" : "0") +
-                                    " with param_dtype=" + std::to_string(dtype_code));
-    }
+    check_weight_scale(dtype_code, scale);
     if (dtype != gk::DType::int8) return weight_of(data, dtype_code, rounding_seed, step);
     if (!rounding_seed) {
         throw std::invalid_argument("rounding_seed=None: expected a seed with int8 parameters (param_dtype=3)");
@@ -173,8 +117,8 @@ bool all_representable(Address x, int dtype, index_t n, double inv_grad_scale, i
     const int count = thread_count(threads);
     at_least("n", n, 0);
     const py::gil_scoped_release unlocked;
-    return selected_kernels().all_representable(pointer<const void>(x), type, n, static_cast<float>(inv_grad_scale),
-                                                count);
+    return selected_kernels().scale_and_check(pointer<const void>(x), type, n, static_cast<float>(inv_grad_scale),
+                                              nullptr, count);
 }
 
 void adam_update(Address param, int param_dtype, Address grad, int grad_dtype, Address m, Address v, Address m_absmax,
@@ -237,27 +181,6 @@ void random_basis(std::uint64_t seed, index_t rows, index_t rank, Address magnit
     const py::gil_scoped_release unlocked;
     selected_kernels().random_basis(seed, rows, rank, pointer<const std::uint16_t>(magnitudes),
                                     pointer<std::uint16_t>(out), count);
-}
-
-void row_squares(Address x, index_t rows, index_t columns, Address out, index_t threads) {
-    const int count = thread_count(threads);
-    at_least("rows", rows, 0);
-    at_least("columns", columns, 0);
-    const py::gil_scoped_release unlocked;
-    selected_kernels().row_squares(pointer<const float>(x), rows, columns, pointer<double>(out), count);
-}
-
-float gradient_factors(Address direction_squares, Address lowrank_squares, Address grad_squares, index_t n,
-                       bool per_tensor, double scale, bool scale_front, double norm_growth_limit, float scaled_norm,
-                       Address factors_out, double lr, double beta1, double beta2, double eps, double weight_decay,
-                       index_t step, double inv_grad_scale, bool maximize) {
-    const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
-    const gk::cpu::FactorSums sums{pointer<const double>(direction_squares), pointer<const double>(lowrank_squares),
-                                   pointer<const float>(grad_squares)};
-    const gk::cpu::FactorScalars how{per_tensor, scale, scale_front, norm_growth_limit, scaled_norm};
-    at_least("n", n, 0);
-    const py::gil_scoped_release unlocked;
-    return selected_kernels().gradient_factors(sums, n, how, scalars, pointer<float>(factors_out));
 }
 
 void scaled_gradient_update(Address param, int param_dtype, Address weight_scale, Address grad, int grad_dtype,
@@ -358,14 +281,6 @@ PYBIND11_MODULE(_native, module) {
                "W <- (W - step_size * scale * X) * (1 - lr * weight_decay), X = U @ P.T (right) or P @ U.T (left).");
     module.def("random_basis", random_basis, "seed"_a, "rows"_a, "rank"_a, "magnitudes"_a, "out"_a, "threads"_a,
                "A random basis (rows, rank) times sqrt(rank), bf16; magnitudes: 2048 positive bf16.");
-    module.def("row_squares", row_squares, "x"_a, "rows"_a, "columns"_a, "out"_a, "threads"_a,
-               "The sums of squares of the rows of x (rows, columns) fp32, in fp64.");
-    module.def(
-        "gradient_factors", gradient_factors, "direction_squares"_a, "lowrank_squares"_a, "grad_squares"_a, "n"_a,
-        "per_tensor"_a, "scale"_a, "scale_front"_a, "norm_growth_limit"_a, "scaled_norm"_a, "factors"_a, "lr"_a,
-        "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a,
-        "APOLLO's factors (n) fp32 of the gradient's long indices, from three kinds of sums of squares: fp64 of\n"
-        "the directions and of R, fp32 of the unscaled gradient. Returns the scaled gradient's limited norm.");
     module.def("scaled_gradient_update", scaled_gradient_update, "param"_a, "param_dtype"_a, "weight_scale"_a, "grad"_a,
                "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "factors"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
                "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "threads"_a,
@@ -380,6 +295,7 @@ PYBIND11_MODULE(_native, module) {
                "Bytes of scratch memory that rotate_moments() needs; of any alignment to 4.");
     module.def("build_info", build_info, "Instruction set in use, CUDA architectures built, compiler, version.");
 
+    bind_cpu_updates(module);
 #if defined(GK_WITH_CUDA)
     bind_cuda(module);
 #endif

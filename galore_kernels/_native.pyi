@@ -94,27 +94,6 @@ def back_project_update(
     threads: int,
 ) -> None: ...
 def random_basis(seed: int, rows: int, rank: int, magnitudes: int, out: int, threads: int) -> None: ...
-def row_squares(x: int, rows: int, columns: int, out: int, threads: int) -> None: ...
-def gradient_factors(
-    direction_squares: int,
-    lowrank_squares: int,
-    grad_squares: int,
-    n: int,
-    per_tensor: bool,
-    scale: float,
-    scale_front: bool,
-    norm_growth_limit: float,
-    scaled_norm: float,
-    factors: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    inv_grad_scale: float,
-    maximize: bool,
-) -> float: ...
 def scaled_gradient_update(
     param: int,
     param_dtype: int,
@@ -158,6 +137,58 @@ def rotate_moments(
 ) -> None: ...
 def rotate_workspace_bytes(rank: int, new_rank: int, threads: int) -> int: ...
 
+# A batch is the tensors of backends/batch.py; a call updates each of them, or raises MemoryError and changes nothing.
+class CpuBatch:
+    def __init__(
+        self,
+        rows_of_table: Sequence[tuple[int, ...]],
+        rows: int,
+        cols: int,
+        moments: int,
+        rank: int,
+        side: int,
+        weight_dtype: int,
+        basis_dtype: int,
+        magnitudes: int,
+        stochastic: bool,
+        long_basis: int,
+        long_basis_dtype: int,
+        kept: int,
+    ) -> None: ...
+
+class CpuScalars:
+    def __init__(
+        self,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        inv_grad_scale: float,
+        maximize: bool,
+    ) -> None: ...
+
+def cpu_adam_update(
+    batch: CpuBatch, gradients: Sequence[int], grad_dtype: int, scalars: CpuScalars, threads: int
+) -> None: ...
+def cpu_galore_update(
+    batch: CpuBatch, gradients: Sequence[int], grad_dtype: int, scalars: CpuScalars, scale: float, threads: int
+) -> None: ...
+def cpu_lowrank_update(
+    batch: CpuBatch, gradients: Sequence[int], grad_dtype: int, scalars: CpuScalars, scale: float, threads: int
+) -> None: ...
+def cpu_apollo_update(
+    batch: CpuBatch,
+    gradients: Sequence[int],
+    grad_dtype: int,
+    scalars: CpuScalars,
+    per_tensor: bool,
+    scale: float,
+    scale_front: bool,
+    norm_growth_limit: float,
+    threads: int,
+) -> None: ...
+
 # What follows exists only where the package was built with nvcc: build_info()["cuda_archs"] is not empty. Everything
 # is enqueued on `stream` of `device`; addresses are of that device's memory. galore_kernels/backends/pipeline.py has
 # the stages' contracts, the layout of a table's rows and of the control rows.
@@ -175,6 +206,7 @@ class CudaBatch:
         weight_dtype: int,
         grad_dtype: int,
         basis_dtype: int,
+        magnitudes: int,
         eight_bit: bool,
         stochastic: bool,
         aligned: bool,

@@ -35,10 +35,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "project": {"grad": 0, "grad_dtype": 0, "lowrank_out": 0, "squares": 0, "workspace": 0, "threads": 1}
     | {"inv_grad_scale": 1.0, **MATRIX},
     "random_basis": {"seed": 0, "rows": 0, "rank": 1, "magnitudes": 0, "out": 0, "threads": 1},
-    "row_squares": {"x": 0, "rows": 0, "columns": 0, "out": 0, "threads": 1},
-    "gradient_factors": {"direction_squares": 0, "lowrank_squares": 0, "grad_squares": 0, "n": 0, "per_tensor": False}
-    | {"scale": 1.0, "scale_front": False, "norm_growth_limit": 1.01, "scaled_norm": 0.0, "factors": 0}
-    | {name: value for name, value in ADAM.items() if name != "threads"},
     "scaled_gradient_update": {"param": 0, "param_dtype": 0, "weight_scale": 0, "grad": 0, "grad_dtype": 0, "rows": 0}
     | {"cols": 0, "side": 0, "factors": 0, "rounding_seed": None, **ADAM},
     "lowrank_adam": {"lowrank_inout": 0, "n": 0, **MOMENTS, **ADAM},
@@ -55,7 +51,6 @@ BAD: dict[str, tuple[int, str]] = {
     "n": (-1, "0 or more"),
     "rows": (-1, "0 or more"),
     "cols": (-1, "0 or more"),
-    "columns": (-1, "0 or more"),
     "step": (-1, "0 or more"),
     "rank": (0, "1 or more"),
     "new_rank": (0, "1 or more"),

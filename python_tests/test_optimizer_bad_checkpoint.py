@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.checksum import state_checksum
+from galore_kernels.optim.multi_tensor import PlannedGroup
 
 StateDict = dict[str, Any]
 Damage = Callable[[StateDict], object]
@@ -292,16 +293,16 @@ def test_a_refused_checkpoint_does_not_disturb_a_step_that_is_to_be_retried(monk
     expected, expected_params = trained(steps=5)
     set_grads(params, 4)
     calls = []
-    apply = LowRankOptimizer._apply
+    run = PlannedGroup.run
 
-    def fails_third(self: LowRankOptimizer, *args: Any) -> tuple[int, int]:
+    def fails_third(self: PlannedGroup, *args: Any) -> None:
         calls.append(args)
         if len(calls) == 3:
             raise MemoryError
-        return apply(self, *args)
+        run(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LowRankOptimizer, "_apply", fails_third)
+        patch.setattr(PlannedGroup, "run", fails_third)
         with pytest.raises(MemoryError):
             optimizer.step()
     with pytest.raises(ValueError, match="missing"):

@@ -30,14 +30,16 @@ from torch import Tensor, nn
 
 from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit, GaLoreFusedAdamW, NonFiniteGradientWarning
 from galore_kernels.optim.base import LowRankOptimizer
+from galore_kernels.optim.update import Update
 
 Params = dict[str, nn.Parameter]
 Pair = tuple[LowRankOptimizer, Params]
 
 
 def plain(backend: str, optimizer_class: OptimizerClass) -> Pair:
-    """Every kind of state, small: 260 x 16 moments are 8-bit, 30 x 16 ones float32."""
-    params = make_params({"tall": (260, 20), "wide": (20, 30), "table": (4100,), "bias": (7,)})
+    """Every kind of state, small: 260 x 16 moments are 8-bit, 30 x 16 ones float32; the last is updated by itself."""
+    params = make_params({"tall": (260, 20), "wide": (20, 30), "table": (4100,), "last": (7, 3)})
+    params["last"] = nn.Parameter(params["last"].detach().T)  # which a copy of it is too
     return optimizer_class(list(params.items()), **OPTIONS, backend=backend), params
 
 
@@ -145,7 +147,8 @@ def test_any_allocation_may_fail_where_a_step_takes_over_what_was_found(
         # What couldn't be taken over is found anew, in the gradient of this step.
         done = [both[0].state[param]["refreshes"] == 2 for param in both[1].values()]
         assert all(done)
-        assert fail_at < points or not differing_keys(kept, after)
+        # The native updates allocate nothing that PyTorch knows of, so that there the last to fail is a taking over.
+        assert backend == "cpu" or fail_at < points or not differing_keys(kept, after)
 
 
 def check_every_allocation(both: Pair, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -198,7 +201,10 @@ def test_after_a_failure_new_gradients_are_a_new_step(
             set_grads(params, 4)
         optimizer.step()
         expected, expected_params = copy.deepcopy(both)
-        train(expected, {name: expected_params[name] for name in updated}, [3])
+        set_grads(expected_params, 3)
+        for name, param in expected_params.items():
+            param.grad = param.grad if name in updated else None
+        expected.step()
         train(expected, expected_params, [4])
         assert_same_snapshot(snapshot(optimizer, params), snapshot(expected, expected_params))
     assert 0 in counts
@@ -334,11 +340,18 @@ def test_a_nan_gradient_and_a_failure_in_one_step(backend: str, monkeypatch: pyt
         params["tall"].grad = torch.full_like(params["tall"], math.nan)
         return optimizer, params
 
-    with pytest.warns(NonFiniteGradientWarning, match="tall"):
-        points = fails(poisoned(), 0, monkeypatch)
+    apply = LowRankOptimizer._apply
+
+    def fails_at_the_last(self: LowRankOptimizer, update: Update, *args: Any) -> tuple[int, int]:
+        if "last" in update.name:
+            raise MemoryError
+        return apply(self, update, *args)
+
     optimizer, params = poisoned()
-    with pytest.warns(NonFiniteGradientWarning, match="tall"):
-        fails((optimizer, params), points, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(LowRankOptimizer, "_apply", fails_at_the_last)
+        with pytest.warns(NonFiniteGradientWarning, match="tall"), pytest.raises(MemoryError):
+            optimizer.step()
     optimizer.step()  # no second report: the skip is done
     assert optimizer.skipped_steps() == {'param group 0, parameter 0 ("tall")': 1}
     assert [float(optimizer.state[param]["step"]) for param in params.values()] == [2, 3, 3, 3]

@@ -14,7 +14,7 @@ from grouping import compare, install, pair
 from optimizer_cases import assert_same_snapshot, clone_params, make_params, set_grads, snapshot, train
 from torch import nn
 
-from galore_kernels import GaLoreFusedAdam8bit, NonFiniteGradientWarning, ops
+from galore_kernels import GaLoreFusedAdam8bit, NonFiniteGradientWarning, _native, ops
 from galore_kernels.backends.cuda import CudaStages
 from galore_kernels.ops import registry
 
@@ -23,11 +23,13 @@ from galore_kernels.ops import registry
 def test_an_interrupt_while_a_kernel_runs_loses_nothing(
     backend: str, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = {"strided": (400, 60), "second": (400, 60), "norm": (50,)}
+    # Strided, so that no backend updates them together.
+    shapes = {"first": (400, 60), "second": (400, 60), "third": (400, 60), "norm": (50,)}
     undisturbed, params = make_params(shapes), make_params(shapes)
     whole = torch.zeros(400, 120)
     for each in (undisturbed, params):
-        each["strided"].data = whole.clone()[:, ::2].copy_(each["strided"].data)
+        for name in ("first", "second", "third"):
+            each[name].data = whole.clone()[:, ::2].copy_(each[name].data)
     expected = GaLoreFusedAdam8bit(undisturbed.values(), rank=16, update_proj_gap=2, backend=backend)
     optimizer = GaLoreFusedAdam8bit(params.values(), rank=16, update_proj_gap=2, backend=backend)
     train(expected, undisturbed, range(taken + 1))
@@ -49,6 +51,35 @@ def test_an_interrupt_while_a_kernel_runs_loses_nothing(
                     optimizer.step()
     finally:
         signal.signal(signal.SIGINT, handler)
+    optimizer.step()
+    assert_same_snapshot(snapshot(optimizer, params), snapshot(expected, undisturbed))
+
+
+@pytest.mark.parametrize("after", [False, True])  # before the group's call has begun, and while it runs
+def test_an_interrupt_of_a_group(after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"first": (400, 60), "second": (400, 60), "norm": (50,)}
+    undisturbed, params = make_params(shapes), make_params(shapes)
+    expected, optimizer = (GaLoreFusedAdam8bit(own.values(), rank=16, backend="cpu") for own in (undisturbed, params))
+    train(expected, undisturbed, range(4))
+    train(optimizer, params, range(3))
+    set_grads(params, 3)
+    original = _native.cpu_galore_update
+
+    def interrupted(*args: Any) -> None:
+        if after:
+            original(*args)
+        signal.raise_signal(signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(_native, "cpu_galore_update", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    steps = [float(optimizer.state[params[name]]["step"]) for name in ("first", "second")]
+    assert steps == ([4, 4] if after else [3, 3])
     optimizer.step()
     assert_same_snapshot(snapshot(optimizer, params), snapshot(expected, undisturbed))
 

@@ -48,12 +48,14 @@ template <bool kQuantized, class Gradient, class Direction>
     }
 }
 
-static bool all_representable(const void* x, DType dtype, index_t n, float scale, int threads) {
+// out (n) = x * scale, or nothing where out is null. Returns whether all of it is representable.
+static bool scale_and_check(const void* x, DType dtype, index_t n, float scale, float* out, int threads) {
     std::atomic<bool> all{true};
     with_dtype(dtype, [&](auto element) {
         const auto* source = static_cast<const decltype(element)*>(x);
         for_each_block(n, threads, [&](index_t, index_t first, index_t count) {
-            float g[kQuantBlock];
+            float buffer[kQuantBlock];
+            float* g = out == nullptr ? buffer : out + first;
             for_lanes(count, [&](index_t i, auto lanes) {
                 store_as(g + i, load_as<decltype(lanes)>(source + first + i) * scale);
             });

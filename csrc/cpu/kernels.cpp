@@ -41,7 +41,7 @@ extern const Kernels kernels;
 const Kernels kernels = {GK_STRING(GK_ISA),
                          quantize_blockwise,
                          dequantize_blockwise,
-                         all_representable,
+                         scale_and_check,
                          adam_update,
                          project,
                          lowrank_adam,

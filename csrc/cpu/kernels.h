@@ -75,7 +75,8 @@ struct Kernels {
                                float* absmax, int threads);
     void (*dequantize_blockwise)(const std::uint8_t* codes, const float* absmax, index_t n, bool is_signed, float* out,
                                  int threads);
-    bool (*all_representable)(const void* x, DType dtype, index_t n, float scale, int threads);
+    // out (n) = x * scale, or null for the answer alone: whether all of that is representable.
+    bool (*scale_and_check)(const void* x, DType dtype, index_t n, float scale, float* out, int threads);
     void (*adam_update)(const Weight& weight, const void* grad, DType grad_dtype, const Moments& moments, index_t n,
                         const AdamCoefficients& coefficients, int threads);
     // Returns whether every element of lowrank_out is representable. squares: null, or for the sums of the squares of

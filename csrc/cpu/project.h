@@ -163,6 +163,71 @@ static bool project_as(const G* grad, const Projection& p, PackBasis pack, float
     return representable.load();
 }
 
+// Long indices that a task sums for a basis of one column.
+constexpr index_t kVectorRows = 64;
+constexpr index_t kVectorColumns = 512;
+
+// x.y of n elements, y in fp32.
+template <class T>
+[[gnu::always_inline]] static inline float dot(const T* x, const float* y, index_t n) {
+    Vector lanes{};
+    float rest = 0.0f;
+    for_lanes(n, [&](index_t i, auto kind) {
+        using F = decltype(kind);
+        const F product = load_as<F>(x + i) * load_as<F>(y + i);
+        if constexpr (std::is_same_v<F, float>) {
+            rest += product;
+        } else {
+            lanes += product;
+        }
+    });
+    for (int i = 0; i < kLanes; ++i) rest += lanes[i];
+    return rest;
+}
+
+// The same of a basis of one column, where a tile would be nearly empty and G alone is worth reading.
+template <class G, class B, Side kSide>
+static bool project_to_vector(const G* grad, const Projection& p, float scale, float* lowrank, float* squares,
+                              float* vector, int threads) {
+    const index_t long_size = p.long_size(), short_size = p.short_size();
+    for_lanes(short_size, [&](index_t i, auto lanes) {
+        store_as(vector + i, load_as<decltype(lanes)>(static_cast<const B*>(p.basis) + i));
+    });
+    constexpr index_t kPanel = kSide == Side::right ? kVectorRows : kVectorColumns;
+    std::atomic<bool> representable{true};
+    for_each_task(ceil_div(long_size, kPanel), threads, [&](index_t task, int) {
+        const index_t first = task * kPanel, count = at_most(kPanel, long_size - first);
+        float own_squares[kPanel] = {}, sums[kPanel] = {};
+        if constexpr (kSide == Side::right) {
+            for (index_t i = 0; i < count; ++i) {
+                const G* row = grad + (first + i) * p.cols;
+                sums[i] = dot(row, vector, short_size);
+                if (squares != nullptr) add_squares<kSide>(row, p.cols, 1, short_size, own_squares + i);
+            }
+        } else {
+            for (index_t block = 0; block < short_size; block += kProjectDepth) {
+                float own_sums[kPanel] = {};
+                for (index_t k = block; k < at_most(block + kProjectDepth, short_size); ++k) {
+                    const G* row = grad + k * p.cols + first;
+                    const float factor = vector[k];
+                    for_lanes(count, [&](index_t i, auto lanes) {
+                        using F = decltype(lanes);
+                        store_as(own_sums + i, load_as<F>(own_sums + i) + load_as<F>(row + i) * factor);
+                    });
+                    if (squares != nullptr) add_squares<kSide>(row, p.cols, count, 1, own_squares);
+                }
+                for (index_t i = 0; i < count; ++i) sums[i] += own_sums[i];
+            }
+        }
+        for (index_t i = 0; i < count; ++i) lowrank[first + i] = sums[i] * scale;
+        if (squares != nullptr) std::memcpy(squares + first, own_squares, sizeof(float) * count);
+        if (!row_is_representable(lowrank + first, count) || (squares != nullptr && !all_finite(own_squares, count))) {
+            representable.store(false, std::memory_order_relaxed);
+        }
+    });
+    return representable.load();
+}
+
 static bool project(const void* grad, DType grad_dtype, const Projection& p, float scale, float* lowrank,
                     float* squares, void* workspace, int threads) {
     return with_dtype(grad_dtype, [&](auto grad_element) {
@@ -170,6 +235,13 @@ static bool project(const void* grad, DType grad_dtype, const Projection& p, flo
             using G = decltype(grad_element);
             using B = decltype(basis_element);
             using Units = typename UnitsFor<std::is_same_v<G, Bf16> && kExactInBf16<B>>::type;
+            if constexpr (!kIsCodes<B>) {
+                if (p.rank == 1) {
+                    const auto run = p.side == Side::right ? project_to_vector<G, B, Side::right>
+                                                           : project_to_vector<G, B, Side::left>;
+                    return run(static_cast<const G*>(grad), p, scale, lowrank, squares, first_line(workspace), threads);
+                }
+            }
             const auto run =
                 p.side == Side::right ? project_as<Units, G, Side::right> : project_as<Units, G, Side::left>;
             return run(static_cast<const G*>(grad), p, pack_basis<Units, B>, scale, lowrank, squares,

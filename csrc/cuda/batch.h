@@ -4,27 +4,9 @@
 
 #include "core/adam.h"
 #include "core/platform.h"
+#include "core/tensor_row.h"
 
 namespace gk::cuda {
-
-struct TensorRow {
-    void* param;
-    const void* basis;
-    void* m;
-    void* v;
-    float* m_absmax;
-    float* v_absmax;
-    const float* basis_scale;  // of the columns; null unless the basis is quantized
-    float* weight_scale;       // of a row's groups of 256; null unless the weight is int8
-    float* step;
-    index_t* skipped;
-    std::uint64_t seed;
-    float* scaled_norm;        // null but for apollo_update
-    std::uint64_t basis_seed;  // of a drawn basis
-    const void* grad;
-};
-constexpr int kTableColumns = 14;
-static_assert(sizeof(TensorRow) == kTableColumns * sizeof(std::int64_t), "a row of the table is int64 numbers");
 
 // Whether a basis of that dtype is quantized.
 GK_HOST_DEVICE bool is_coded(DType basis_dtype) { return basis_dtype == DType::int8 || basis_dtype == DType::int4; }

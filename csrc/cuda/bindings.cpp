@@ -15,12 +15,12 @@ namespace {
 
 using gk::DType;
 using gk::index_t;
+using gk::TensorRow;
 using gk::cuda::Batch;
 using gk::cuda::Control;
 using gk::cuda::MomentMatrix;
 using gk::cuda::Queue;
 using gk::cuda::Scalar;
-using gk::cuda::TensorRow;
 using Address = std::uintptr_t;
 
 template <class T>
@@ -47,24 +47,7 @@ void check(const char* stage, cudaError_t error) {
     }
 }
 
-TensorRow row_of(const std::array<Address, gk::cuda::kTableColumns>& a) {
-    return TensorRow{pointer<void>(a[0]),
-                     pointer<const void>(a[1]),
-                     pointer<void>(a[2]),
-                     pointer<void>(a[3]),
-                     pointer<float>(a[4]),
-                     pointer<float>(a[5]),
-                     pointer<const float>(a[6]),
-                     pointer<float>(a[7]),
-                     pointer<float>(a[8]),
-                     pointer<index_t>(a[9]),
-                     static_cast<std::uint64_t>(a[10]),
-                     pointer<float>(a[11]),
-                     static_cast<std::uint64_t>(a[12]),
-                     pointer<const void>(a[13])};
-}
-
-Batch make_batch(Address table, const std::array<Address, gk::cuda::kTableColumns>& row, index_t count, index_t rows,
+Batch make_batch(Address table, const std::array<Address, gk::kTableColumns>& row, index_t count, index_t rows,
                  index_t cols, index_t moments, int rank, int side, int weight_dtype, int grad_dtype, int basis_dtype,
                  Address magnitudes, bool eight_bit, bool stochastic, bool aligned) {
     if (side != 0 && side != 1) throw std::invalid_argument("side: expected 0 (right) or 1 (left)");
@@ -78,7 +61,7 @@ Batch make_batch(Address table, const std::array<Address, gk::cuda::kTableColumn
         throw std::invalid_argument("weight_dtype=3 (int8): rounded stochastically; pass seeds, and stochastic=True");
     }
     return Batch{pointer<const TensorRow>(table),
-                 row_of(row),
+                 gk::tensor_row(row.data()),
                  count,
                  rows,
                  cols,

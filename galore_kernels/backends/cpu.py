@@ -1,14 +1,13 @@
 """The native CPU backend: threaded, vectorised C++ (``csrc/cpu``), reached through addresses and sizes.
 
-Scratch memory is allocated here, before anything is changed; the C++ stages themselves allocate nothing that could
-fail half-way. Weights that are not contiguous are updated in a copy and written back.
+An update is one call, for one tensor or for many of one shape, and is done or not done when an interrupt arrives.
+Adafactor's, whose step in the subspace is the reference's, is made of stages.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
-from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES
+from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES, make_batch
 from galore_kernels.backends.reference.adafactor import adafactor_step
 from galore_kernels.backends.reference.adam import scaled_gradient
 from galore_kernels.backends.reference.rotate_moments import rotate_moments as rotate_both_sides
+from galore_kernels.backends.single import SingleUpdates
 from galore_kernels.ops.adafactor_update import AdafactorOptions, AdafactorState
 from galore_kernels.ops.adam import AdamOptions, AdamState, StepOptions
-from galore_kernels.ops.apollo_update import ApolloOptions
+from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.projection import long_short
 from galore_kernels.ops.random_basis import RandomBasis, magnitudes
 from galore_kernels.ops.registry import Backend, register
@@ -40,28 +40,6 @@ def _typed(tensor: Tensor) -> tuple[int, int]:
 def _inverse_grad_scale(options: StepOptions) -> float:
     # A tensor's division: a scale of 0 gives infinity, and the update is skipped, where Python's would raise.
     return 1.0 if options.grad_scale is None else float(1.0 / options.grad_scale.double())
-
-
-def _scalars(state: AdamState, options: AdamOptions, inv_grad_scale: float) -> dict[str, Any]:
-    return {
-        "lr": float(options.lr),
-        "beta1": options.beta1,
-        "beta2": options.beta2,
-        "eps": options.eps,
-        "weight_decay": options.weight_decay,
-        "step": int(state.step),
-        "inv_grad_scale": inv_grad_scale,
-        "maximize": options.maximize,
-    }
-
-
-def _moments(state: AdamState) -> tuple[int, int, int, int]:
-    return (
-        _address(state.exp_avg),
-        _address(state.exp_avg_sq),
-        _address(state.exp_avg_absmax),
-        _address(state.exp_avg_sq_absmax),
-    )
 
 
 def _found_inf(options: StepOptions) -> bool:
@@ -85,83 +63,62 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     return values
 
 
-def adam8bit_update(param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
-    if _found_inf(options):
-        return
-    weight, grad, threads = param.contiguous(), grad.contiguous(), torch.get_num_threads()
-    inv_grad_scale = _inverse_grad_scale(options)
-    if not _native.all_representable(*_typed(grad), grad.numel(), inv_grad_scale, threads):
-        state.skipped.add_(1)
-        return
-    _native.adam_update(
-        *_typed(weight),
-        *_typed(grad),
-        *_moments(state),
-        weight.numel(),
-        **_scalars(state, options, inv_grad_scale),
-        rounding_seed=options.rounding_seed,
-        threads=threads,
-    )
-    _finish(param, weight, state)
+class _Group:
+    """The update of a group: see ``galore_kernels.ops.group``."""
+
+    def __init__(self, group: UpdateGroup, long_basis: Tensor | None = None) -> None:
+        self._group, self._long_basis = group, long_basis  # whose tensors stay where the batch says they are
+        drawn = group.bases[0] if group.bases else None
+        self._magnitudes = _magnitudes(drawn.family) if isinstance(drawn, RandomBasis) else None
+        batch = make_batch(group, self._magnitudes)
+        self._batch = _native.CpuBatch(
+            [(*row, 0) for row in batch.addresses],
+            *batch.shape,
+            batch.moments,
+            batch.rank,
+            SIDE_CODES[batch.side],
+            DTYPE_CODES[batch.weight_dtype],
+            DTYPE_CODES[batch.basis_dtype],
+            _address(self._magnitudes),
+            batch.stochastic,
+            *(_typed(long_basis) if long_basis is not None else (0, 0)),
+            long_basis.shape[1] if long_basis is not None else 0,
+        )
+
+    def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
+        if _found_inf(options):
+            return
+        scalars = _native.CpuScalars(
+            float(options.lr),
+            options.beta1,
+            options.beta2,
+            options.eps,
+            options.weight_decay,
+            _inverse_grad_scale(options),
+            options.maximize,
+        )
+        gradients = [grad.data_ptr() for grad in grads], DTYPE_CODES[grads[0].dtype]
+        operation, apollo, threads = self._group.operation, self._group.apollo, torch.get_num_threads()
+        if operation == "adam8bit_update":
+            _native.cpu_adam_update(self._batch, *gradients, scalars, threads)
+        elif apollo is not None:
+            tensor, limit = apollo.scaling == "tensor", apollo.norm_growth_limit or 0.0
+            how = tensor, apollo.scale, apollo.scale_front, limit
+            _native.cpu_apollo_update(self._batch, *gradients, scalars, *how, threads)
+        else:
+            run = _native.cpu_galore_update if operation == "galore_update" else _native.cpu_lowrank_update
+            run(self._batch, *gradients, scalars, self._group.scale, threads)
+
+
+class _Single(SingleUpdates):
+    def update(self, group: UpdateGroup, grad: Tensor, options: AdamOptions, long_basis: Tensor | None = None) -> None:
+        _Group(group, long_basis)((grad,), options)
 
 
 def _finish(param: Tensor, weight: Tensor, state: AdamState | AdafactorState) -> None:
     if weight.data_ptr() != param.data_ptr():
         param.copy_(weight)
     state.step.add_(1)
-
-
-def galore_update(
-    param: Tensor,
-    grad: Tensor,
-    basis: Tensor,
-    long_basis: Tensor | None,
-    basis_scale: Tensor | None,
-    state: AdamState,
-    options: AdamOptions,
-    side: str,
-    scale: float,
-    weight_scale: Tensor | None = None,
-) -> None:
-    if _found_inf(options):
-        return
-    threads = torch.get_num_threads()
-    workspace = _workspace(param, _rank(basis, basis_scale), side, threads)
-    lowrank = _projected(param, grad, basis, long_basis, basis_scale, options, side, workspace, threads)
-    if lowrank is None:
-        state.skipped.add_(1)
-        return
-    _update_weight(
-        param, weight_scale, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads
-    )
-
-
-def lowrank_update(
-    param: Tensor,
-    lowrank_grad: Tensor,
-    basis: Tensor,
-    long_basis: Tensor | None,
-    basis_scale: Tensor | None,
-    state: AdamState,
-    options: AdamOptions,
-    side: str,
-    scale: float,
-    weight_scale: Tensor | None = None,
-) -> None:
-    if _found_inf(options):
-        return
-    threads = torch.get_num_threads()
-    workspace = _workspace(param, _rank(basis, basis_scale), side, threads)
-    lowrank = lowrank_grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    inv_grad_scale = _inverse_grad_scale(options)
-    if inv_grad_scale != 1.0:
-        lowrank *= inv_grad_scale
-    if not _representable(lowrank, threads):
-        state.skipped.add_(1)
-        return
-    _update_weight(
-        param, weight_scale, lowrank, basis, long_basis, basis_scale, state, options, side, scale, workspace, threads
-    )
 
 
 def _projected(
@@ -174,14 +131,8 @@ def _projected(
     side: str,
     workspace: Tensor,
     threads: int,
-    *,
-    divisor: float = 1.0,
-    squares: Tensor | None = None,
 ) -> Tensor | None:
-    """R / grad_scale / divisor in float32, or None if it is not representable.
-
-    ``squares``: for the sums of the squares of the gradient's long indices, float32 (L,), which must be finite then.
-    """
+    """R / grad_scale in float32, or None if it is not representable."""
     rows, cols = param.shape
     rank, grad = _rank(basis, basis_scale), grad.contiguous()
     lowrank = torch.empty((long_short((rows, cols), side)[0], rank), dtype=torch.float32)
@@ -194,15 +145,15 @@ def _projected(
         _address(basis_scale),
         rank,
         _address(lowrank),
-        squares=_address(squares),
-        inv_grad_scale=_inverse_grad_scale(options) / divisor,
+        squares=0,
+        inv_grad_scale=_inverse_grad_scale(options),
         workspace=_address(workspace),
         threads=threads,
     )
     if long_basis is not None:
         both = torch.empty((long_basis.shape[1], rank), dtype=torch.float32)
         lowrank = torch.mm(long_basis.float().T, lowrank, out=both)
-        representable = _representable(lowrank, threads)
+        representable = _native.all_representable(*_typed(lowrank), lowrank.numel(), 1.0, threads)
     return lowrank if representable else None
 
 
@@ -219,41 +170,6 @@ def _workspace(param: Tensor, rank: int, side: str, threads: int) -> Tensor:
 def workspace_bytes(rows: int, cols: int, rank: int, side: str, dtype: torch.dtype, threads: int) -> int:
     """Scratch memory that an update of a weight takes beside R."""
     return _native.workspace_bytes(rows, cols, rank, SIDE_CODES[side], DTYPE_CODES[dtype], threads)
-
-
-def _representable(lowrank: Tensor, threads: int) -> bool:
-    return bool(_native.all_representable(*_typed(lowrank), lowrank.numel(), 1.0, threads))
-
-
-def _update_weight(
-    param: Tensor,
-    weight_scale: Tensor | None,
-    lowrank: Tensor,
-    basis: Tensor,
-    long_basis: Tensor | None,
-    basis_scale: Tensor | None,
-    state: AdamState,
-    options: AdamOptions,
-    side: str,
-    scale: float,
-    workspace: Tensor,
-    threads: int,
-) -> None:
-    """Adam on the projected gradient (which becomes the update, in place), then back-projection into the weight."""
-    weight = param.contiguous()
-    direction = lowrank
-    if long_basis is not None:
-        # The moments may only change once the memory for what follows is there.
-        wide = long_basis.float()
-        direction = torch.empty((wide.shape[0], lowrank.shape[1]), dtype=torch.float32)
-    scalars = _scalars(state, options, 1.0)
-    _native.lowrank_adam(_address(lowrank), lowrank.numel(), *_moments(state), **scalars, threads=threads)
-    if long_basis is not None:
-        torch.mm(wide, lowrank, out=direction)
-    _back_project(
-        weight, weight_scale, direction, basis, basis_scale, side, scale, scalars, options, workspace, threads
-    )
-    _finish(param, weight, state)
 
 
 def _back_project(
@@ -299,71 +215,6 @@ def random_basis(short: int, basis: RandomBasis, device: torch.device) -> Tensor
     table, threads = _magnitudes(basis.family), torch.get_num_threads()
     _native.random_basis(basis.seed, short, basis.rank, _address(table), _address(drawn), threads)
     return drawn
-
-
-def apollo_update(
-    param: Tensor,
-    grad: Tensor,
-    basis: Tensor | RandomBasis,
-    state: AdamState,
-    scaled_norm: Tensor,
-    options: AdamOptions,
-    apollo: ApolloOptions,
-    side: str,
-    weight_scale: Tensor | None = None,
-) -> None:
-    if _found_inf(options):
-        return
-    weight, grad, threads = param.contiguous(), grad.contiguous(), torch.get_num_threads()
-    rows, cols = param.shape
-    long, short = long_short((rows, cols), side)
-    divisor = 1.0
-    if isinstance(basis, RandomBasis):
-        divisor = math.sqrt(basis.rank)
-        basis = random_basis(short, basis, param.device)
-    rank = basis.shape[1]
-    squares, factors = torch.empty((2, long), dtype=torch.float32)
-    of_lowrank, of_direction = torch.empty((2, long), dtype=torch.float64)
-    workspace = _workspace(param, rank, side, threads)
-    lowrank = _projected(
-        param, grad, basis, None, None, options, side, workspace, threads, divisor=divisor, squares=squares
-    )
-    if lowrank is None:
-        state.skipped.add_(1)
-        return
-    scalars = _scalars(state, options, _inverse_grad_scale(options))
-    _native.row_squares(_address(lowrank), long, rank, _address(of_lowrank), threads)
-    _native.lowrank_adam(
-        _address(lowrank), lowrank.numel(), *_moments(state), **{**scalars, "inv_grad_scale": 1.0}, threads=threads
-    )
-    _native.row_squares(_address(lowrank), long, rank, _address(of_direction), threads)
-    norm = _native.gradient_factors(
-        _address(of_direction),
-        _address(of_lowrank),
-        _address(squares),
-        long,
-        apollo.scaling == "tensor",
-        apollo.scale,
-        apollo.scale_front,
-        apollo.norm_growth_limit or 0.0,
-        float(scaled_norm),
-        _address(factors),
-        **scalars,
-    )
-    _native.scaled_gradient_update(
-        *_typed(weight),
-        _address(weight_scale),
-        *_typed(grad),
-        rows,
-        cols,
-        SIDE_CODES[side],
-        _address(factors),
-        **scalars,
-        rounding_seed=options.rounding_seed,
-        threads=threads,
-    )
-    scaled_norm.fill_(norm)
-    _finish(param, weight, state)
 
 
 def adafactor_update(param: Tensor, grad: Tensor, state: AdafactorState, options: AdafactorOptions) -> None:
@@ -491,6 +342,15 @@ def _adafactor(
     _finish(param, weight, state)
 
 
+def _moments(state: AdamState) -> tuple[int, int, int, int]:
+    return (
+        _address(state.exp_avg),
+        _address(state.exp_avg_sq),
+        _address(state.exp_avg_absmax),
+        _address(state.exp_avg_sq_absmax),
+    )
+
+
 def rotate_moments(
     source: AdamState, target: AdamState, rotation: Tensor, long_rotation: Tensor | None, beta1: float, beta2: float
 ) -> None:
@@ -519,23 +379,25 @@ def _refuses(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it serves cpu tensors only, not {device}"
 
 
+_single = _Single()
 register(
     Backend(
         name="cpu",
         kernels={
             "quantize_blockwise": quantize_blockwise,
             "dequantize_blockwise": dequantize_blockwise,
-            "adam8bit_update": adam8bit_update,
-            "galore_update": galore_update,
-            "lowrank_update": lowrank_update,
+            "adam8bit_update": _single.adam8bit_update,
+            "galore_update": _single.galore_update,
+            "lowrank_update": _single.lowrank_update,
             "rotate_moments": rotate_moments,
             "random_basis": random_basis,
-            "apollo_update": apollo_update,
+            "apollo_update": _single.apollo_update,
             "adafactor_update": adafactor_update,
             "galore_adafactor_update": galore_adafactor_update,
             "lowrank_adafactor_update": lowrank_adafactor_update,
         },
         refuses=_refuses,
         describe=_native.build_info,
+        group=_Group,
     )
 )

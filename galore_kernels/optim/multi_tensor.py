@@ -212,6 +212,11 @@ class PlannedGroup:
         rest = [member for member in self.members if id(member.param) not in ids]
         return PlannedGroup(rest, states, self._backend, options, counters) if rest else None
 
+    def counted(self) -> int:
+        """Steps that its first member has taken or skipped, where reading them is free; else always 0."""
+        first = self.counters[0]
+        return int(first.step) + int(first.skipped) if reads_are_free(self.device) else 0
+
     def run(self, gradients: Gradients, options: AdamOptions) -> None:
         """One step of all members, each with its gradient among those of all parameters."""
         grads: list[Any] = [gradients[index] for index in self._indices]

@@ -1,0 +1,107 @@
+#include "update_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "arguments.h"
+#include "updates.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace gk::cpu;
+using gk::AdamScalars;
+using gk::DType;
+using gk::index_t;
+using gk::TensorRow;
+using Row = std::array<Address, gk::kTableColumns>;
+
+Batch make_batch(const std::vector<Row>& rows_of_table, index_t rows, index_t cols, index_t moments, index_t rank,
+                 int side, int weight_dtype, int basis_dtype, Address magnitudes, bool stochastic, Address long_basis,
+                 int long_basis_dtype, index_t kept) {
+    std::vector<TensorRow> tensors;
+    const DType weight_type = projected_dtype_of(weight_dtype);
+    DType basis_type = DType::float32;
+    for (const Row& row : rows_of_table) {
+        tensors.push_back(gk::tensor_row(row.data()));
+        const TensorRow& own = tensors.back();
+        basis_type = basis_dtype_of(basis_dtype, reinterpret_cast<Address>(own.basis_scale));
+        check_weight_scale(weight_dtype, reinterpret_cast<Address>(own.weight_scale));
+    }
+    return Batch{std::move(tensors),
+                 at_least("rows", rows, 0),
+                 at_least("cols", cols, 0),
+                 at_least("moments", moments, 0),
+                 at_least("rank", rank, 0),
+                 side_of(side),
+                 weight_type,
+                 basis_type,
+                 pointer<const std::uint16_t>(magnitudes),
+                 stochastic,
+                 pointer<const void>(long_basis),
+                 dtype_of("long_basis_dtype", long_basis_dtype),
+                 at_least("kept", kept, 0)};
+}
+
+Gradients gradients_of(const Batch& batch, const std::vector<Address>& addresses, int dtype) {
+    if (addresses.size() != batch.tensors.size()) {
+        throw std::invalid_argument("gradients: expected " + std::to_string(batch.tensors.size()) + ", one of each " +
+                                    "tensor, got " + std::to_string(addresses.size()));
+    }
+    Gradients gradients{{}, dtype_of("grad_dtype", dtype)};
+    for (const Address address : addresses) gradients.data.push_back(pointer<const void>(address));
+    return gradients;
+}
+
+AdamScalars scalars_of(double lr, double beta1, double beta2, double eps, double weight_decay, double inv_grad_scale,
+                       bool maximize) {
+    return AdamScalars{lr, beta1, beta2, eps, weight_decay, 0, inv_grad_scale, maximize};
+}
+
+}  // namespace
+
+void bind_cpu_updates(py::module_& module) {
+    using namespace pybind11::literals;
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    py::class_<Batch>(module, "CpuBatch", "Tensors of one shape; see galore_kernels/backends/batch.py.")
+        .def(py::init(&make_batch), "rows_of_table"_a, "rows"_a, "cols"_a, "moments"_a, "rank"_a, "side"_a,
+             "weight_dtype"_a, "basis_dtype"_a, "magnitudes"_a, "stochastic"_a, "long_basis"_a, "long_basis_dtype"_a,
+             "kept"_a);
+    py::class_<AdamScalars>(module, "CpuScalars", "What the updates of a step share.")
+        .def(py::init(&scalars_of), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "inv_grad_scale"_a,
+             "maximize"_a);
+    module.def(
+        "cpu_adam_update",
+        [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
+           index_t threads) {
+            adam_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, thread_count(threads));
+        },
+        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "threads"_a, "Adam at full rank.");
+    module.def(
+        "cpu_galore_update",
+        [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
+           double scale, index_t threads) {
+            galore_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, thread_count(threads));
+        },
+        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "threads"_a,
+        "From gradient to weight through the subspace.");
+    module.def(
+        "cpu_lowrank_update",
+        [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
+           double scale, index_t threads) {
+            lowrank_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, thread_count(threads));
+        },
+        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "threads"_a,
+        "From low-rank gradient to weight.");
+    module.def(
+        "cpu_apollo_update",
+        [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
+           bool per_tensor, double scale, bool scale_front, double norm_growth_limit, index_t threads) {
+            const FactorScalars how{per_tensor, scale, scale_front, norm_growth_limit, 0.0f};
+            apollo_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, how, thread_count(threads));
+        },
+        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "per_tensor"_a, "scale"_a, "scale_front"_a,
+        "norm_growth_limit"_a, "threads"_a, "From gradient to weight, scaled by what the subspace's moments say.");
+}

@@ -1,0 +1,186 @@
+#include "updates.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+namespace gk::cpu {
+
+namespace {
+
+// Memory that holds nothing yet.
+template <class T>
+std::unique_ptr<T[]> scratch(index_t n) {
+    return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(n)]);
+}
+
+AdamScalars of_tensor(const TensorRow& row, AdamScalars scalars) {
+    scalars.step = static_cast<index_t>(*row.step);
+    return scalars;
+}
+
+// Of a gradient whose scale project() or scale_and_check() has applied.
+AdamScalars unscaled(AdamScalars scalars) {
+    scalars.inv_grad_scale = 1.0;
+    return scalars;
+}
+
+Moments moments_of(const TensorRow& row) { return Moments{row.m, row.v, row.m_absmax, row.v_absmax}; }
+
+// Stochastic rounding draws its bits from the seed and the number of the step being taken.
+Weight weight_of(const Batch& batch, const TensorRow& row, const AdamScalars& scalars) {
+    const WeightRounding rounding{batch.stochastic, row.seed, static_cast<std::uint64_t>(scalars.step) + 1};
+    return Weight{row.param, batch.weight_dtype, rounding, row.weight_scale};
+}
+
+// Runs update(row, gradient, scalars) for each tensor, and counts what it returns: whether it has changed the tensor.
+template <class Update>
+void for_each_tensor(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, const Update& update) {
+    for (std::size_t i = 0; i < batch.tensors.size(); ++i) {
+        const TensorRow& row = batch.tensors[i];
+        if (update(row, gradients.data[i], of_tensor(row, scalars))) {
+            *row.step += 1.0f;
+        } else {
+            *row.skipped += 1;
+        }
+    }
+}
+
+// R and what the products need. Of a matrix both of whose sides are projected, R and the directions are (kept, rank),
+// and only on their way to and from the matrix (long, rank).
+class Subspace {
+ public:
+    Subspace(const Batch& batch, int threads)
+        : batch_(batch),
+          threads_(threads),
+          lowrank_(scratch<float>(batch.moments)),
+          wide_(scratch<float>(batch.long_basis == nullptr ? 0 : batch.long_size() * batch.rank)) {
+        index_t bytes = workspace_bytes(batch.short_size());
+        if (batch.long_basis != nullptr) {
+            bytes = std::max({bytes, workspace_bytes(batch.long_size()), workspace_bytes(batch.kept)});
+        }
+        workspace_ = scratch<float>(bytes / static_cast<index_t>(sizeof(float)));
+    }
+
+    float* lowrank() { return lowrank_.get(); }
+
+    // lowrank() = the projected gradient * scale. Returns whether it, and the squares if asked for, are representable.
+    bool project(const void* gradient, DType dtype, const void* basis, const float* basis_scale, double scale,
+                 float* squares) {
+        const Projection p{batch_.rows, batch_.cols, batch_.side, basis, batch_.basis_dtype, batch_.rank, basis_scale};
+        const auto factor = static_cast<float>(scale);
+        if (batch_.long_basis == nullptr) return project(gradient, dtype, p, factor, lowrank(), squares);
+        project(gradient, dtype, p, factor, wide_.get(), nullptr);
+        return project(batch_.long_basis, batch_.long_basis_dtype, of_long_side(Side::left, wide_.get()), 1.0f,
+                       lowrank(), nullptr);
+    }
+
+    // Adam on lowrank(), and the direction's way into the weight.
+    void update(const TensorRow& row, const AdamScalars& scalars, double scale) {
+        const Kernels& kernels = selected_kernels();
+        kernels.lowrank_adam(lowrank(), batch_.moments, moments_of(row), adam_coefficients(unscaled(scalars), 1.0),
+                             threads_);
+        const float* direction = lowrank();
+        if (batch_.long_basis != nullptr) {
+            project(batch_.long_basis, batch_.long_basis_dtype, of_long_side(Side::right, lowrank()), 1.0f, wide_.get(),
+                    nullptr);
+            direction = wide_.get();
+        }
+        const Projection p{batch_.rows,        batch_.cols, batch_.side,    row.basis,
+                           batch_.basis_dtype, batch_.rank, row.basis_scale};
+        kernels.back_project_update(weight_of(batch_, row, scalars), p, direction, adam_coefficients(scalars, scale),
+                                    workspace_.get(), threads_);
+    }
+
+ private:
+    // The long basis as the matrix, and as its basis what it is multiplied by: its transpose from the left on, it
+    // itself from the right.
+    Projection of_long_side(Side side, const float* factor) const {
+        return Projection{batch_.long_size(), batch_.kept, side, factor, DType::float32, batch_.rank, nullptr};
+    }
+
+    bool project(const void* matrix, DType dtype, const Projection& p, float scale, float* out, float* squares) {
+        return selected_kernels().project(matrix, dtype, p, scale, out, squares, workspace_.get(), threads_);
+    }
+
+    index_t workspace_bytes(index_t short_size) const {
+        return selected_kernels().workspace_bytes(short_size, batch_.rank, batch_.weight_dtype, threads_);
+    }
+
+    const Batch& batch_;
+    const int threads_;
+    std::unique_ptr<float[]> lowrank_, wide_, workspace_;
+};
+
+}  // namespace
+
+void adam_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, int threads) {
+    const Kernels& kernels = selected_kernels();
+    const auto factor = static_cast<float>(scalars.inv_grad_scale);
+    for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
+        if (!kernels.scale_and_check(gradient, gradients.dtype, batch.moments, factor, nullptr, threads)) return false;
+        kernels.adam_update(weight_of(batch, row, own), gradient, gradients.dtype, moments_of(row), batch.moments,
+                            adam_coefficients(own, 1.0), threads);
+        return true;
+    });
+}
+
+void galore_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, double scale,
+                   int threads) {
+    Subspace subspace(batch, threads);
+    for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
+        if (!subspace.project(gradient, gradients.dtype, row.basis, row.basis_scale, own.inv_grad_scale, nullptr)) {
+            return false;
+        }
+        subspace.update(row, own, scale);
+        return true;
+    });
+}
+
+void lowrank_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, double scale,
+                    int threads) {
+    Subspace subspace(batch, threads);
+    const auto factor = static_cast<float>(scalars.inv_grad_scale);
+    for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
+        const bool representable = selected_kernels().scale_and_check(gradient, gradients.dtype, batch.moments, factor,
+                                                                      subspace.lowrank(), threads);
+        if (representable) subspace.update(row, own, scale);
+        return representable;
+    });
+}
+
+void apollo_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, const FactorScalars& how,
+                   int threads) {
+    const Kernels& kernels = selected_kernels();
+    const index_t long_size = batch.long_size(), short_size = batch.short_size(), rank = batch.rank;
+    const bool draws = batch.magnitudes != nullptr;
+    Subspace subspace(batch, threads);
+    const auto drawn = scratch<std::uint16_t>(draws ? short_size * rank : 0);
+    const auto squares = scratch<float>(long_size), factors = scratch<float>(long_size);
+    const auto of_lowrank = scratch<double>(long_size), of_direction = scratch<double>(long_size);
+    for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
+        const void* basis = row.basis;
+        double divisor = 1.0;
+        if (draws) {
+            kernels.random_basis(row.basis_seed, short_size, rank, batch.magnitudes, drawn.get(), threads);
+            basis = drawn.get();
+            divisor = std::sqrt(static_cast<double>(rank));
+        }
+        if (!subspace.project(gradient, gradients.dtype, basis, nullptr, own.inv_grad_scale / divisor, squares.get())) {
+            return false;
+        }
+        kernels.row_squares(subspace.lowrank(), long_size, rank, of_lowrank.get(), threads);
+        kernels.lowrank_adam(subspace.lowrank(), batch.moments, moments_of(row), adam_coefficients(unscaled(own), 1.0),
+                             threads);
+        kernels.row_squares(subspace.lowrank(), long_size, rank, of_direction.get(), threads);
+        FactorScalars with_norm = how;
+        with_norm.previous_norm = *row.scaled_norm;
+        *row.scaled_norm = kernels.gradient_factors({of_direction.get(), of_lowrank.get(), squares.get()}, long_size,
+                                                    with_norm, own, factors.get());
+        kernels.scaled_gradient_update(weight_of(batch, row, own), gradient, gradients.dtype, batch.rows, batch.cols,
+                                       batch.side, factors.get(), adam_coefficients(own, 1.0), threads);
+        return true;
+    });
+}
+
+}  // namespace gk::cpu

@@ -1,0 +1,137 @@
+"""The operations on one tensor, as updates of groups of one: what every backend that takes groups does with them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.apollo_update import ApolloOptions
+from galore_kernels.ops.group import UpdateGroup
+from galore_kernels.ops.random_basis import RandomBasis
+
+
+class SingleUpdates(ABC):
+    """``galore_kernels.ops``' updates. Weights that are not contiguous are updated in a copy and written back."""
+
+    @abstractmethod
+    def update(self, group: UpdateGroup, grad: Tensor, options: AdamOptions, long_basis: Tensor | None = None) -> None:
+        """Updates the one tensor of ``group``.
+
+        Args:
+            grad: contiguous.
+            long_basis: of a matrix both of whose sides are projected, which no larger group has.
+        """
+
+    def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
+        """Contract: ``galore_kernels.ops.adam8bit_update``."""
+        weight = param.contiguous()
+        group = UpdateGroup("adam8bit_update", (weight,), (state,), rounding_seeds=_seeds(options))
+        self.update(group, grad.contiguous(), options)
+        _write_back(param, weight)
+
+    def galore_update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        basis_scale: Tensor | None,
+        state: AdamState,
+        options: AdamOptions,
+        side: str,
+        scale: float,
+        weight_scale: Tensor | None = None,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.galore_update``."""
+        self._through_subspace(
+            "galore_update", param, grad, basis, long_basis, basis_scale, state, options, side, scale, weight_scale
+        )
+
+    def lowrank_update(
+        self,
+        param: Tensor,
+        lowrank_grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        basis_scale: Tensor | None,
+        state: AdamState,
+        options: AdamOptions,
+        side: str,
+        scale: float,
+        weight_scale: Tensor | None = None,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.lowrank_update``."""
+        arguments = param, lowrank_grad, basis, long_basis, basis_scale, state, options, side, scale, weight_scale
+        self._through_subspace("lowrank_update", *arguments)
+
+    def _through_subspace(
+        self,
+        operation: str,
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        basis_scale: Tensor | None,
+        state: AdamState,
+        options: AdamOptions,
+        side: str,
+        scale: float,
+        weight_scale: Tensor | None,
+    ) -> None:
+        weight = param.contiguous()
+        group = UpdateGroup(
+            operation,
+            (weight,),
+            (state,),
+            (basis,),
+            side,
+            scale,
+            rounding_seeds=_seeds(options),
+            basis_scales=_scales(basis_scale),
+            weight_scales=_scales(weight_scale),
+        )
+        self.update(group, grad.contiguous(), options, long_basis)
+        _write_back(param, weight)
+
+    def apollo_update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor | RandomBasis,
+        state: AdamState,
+        scaled_norm: Tensor,
+        options: AdamOptions,
+        apollo: ApolloOptions,
+        side: str,
+        weight_scale: Tensor | None = None,
+    ) -> None:
+        """Contract: ``galore_kernels.ops.apollo_update``."""
+        weight = param.contiguous()
+        group = UpdateGroup(
+            "apollo_update",
+            (weight,),
+            (state,),
+            (basis,),
+            side,
+            rounding_seeds=_seeds(options),
+            weight_scales=_scales(weight_scale),
+            scaled_norms=(scaled_norm,),
+            apollo=apollo,
+        )
+        self.update(group, grad.contiguous(), options)
+        _write_back(param, weight)
+
+
+def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
+    return None if options.rounding_seed is None else (options.rounding_seed,)
+
+
+def _scales(scale: Tensor | None) -> tuple[Tensor, ...]:
+    return () if scale is None else (scale,)
+
+
+def _write_back(param: Tensor, weight: Tensor) -> None:
+    if weight.data_ptr() != param.data_ptr():
+        param.copy_(weight)

@@ -1,0 +1,127 @@
+"""The CPU backend's groups: many tensors in one native call, as if each were updated by itself."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+from grouping import KINDS, Make, apollo, compare, mixed, plain, steps
+from optimizer_cases import clone_params, make_params, set_grads, train
+from torch import nn
+
+from galore_kernels import GaLoreFusedAdamW, NonFiniteGradientWarning, _native, prepare
+from galore_kernels.optim.multi_tensor import Plan
+
+
+def adamw(params: dict[str, nn.Parameter], backend: str) -> Any:
+    return plain(params, backend, GaLoreFusedAdamW)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [plain, adamw, mixed, apollo])
+def test_groups_are_bitwise_one_tensor_at_a_time(
+    make: Make, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {f"{kind}{i}": shape for i in range(4) for kind, shape in KINDS.items()}
+    params = make_params(shapes, dtype)
+    alone = clone_params(params)
+    together, one_by_one = (make(params, "cpu"), params), (make(alone, "cpu"), alone)
+    steps([together], range(7))
+    assert together[0]._plan is not None
+    assert max(len(group.members) for group in together[0]._plan.groups) >= 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "reason_to_be_alone", lambda self, update, states: "the test says so")
+        steps([one_by_one], range(7))
+    compare((together, one_by_one))
+
+
+def test_a_step_is_one_call_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: dict[str, tuple[int, ...]] = {f"{kind}{i}": shape for i in range(3) for kind, shape in KINDS.items()}
+    params = make_params(shapes)
+    optimizer = plain(params, "cpu")
+    train(optimizer, params, range(2))
+    counts: list[int] = []
+    for name in ("cpu_adam_update", "cpu_galore_update"):
+        original = getattr(_native, name)
+
+        def counted(batch: Any, gradients: list[int], *args: Any, original: Any = original) -> None:
+            counts.append(len(gradients))
+            original(batch, gradients, *args)
+
+        monkeypatch.setattr(_native, name, counted)
+    set_grads(params, 2)
+    optimizer.step()
+    assert counts == [3] * len(KINDS)
+
+
+def test_one_of_a_group_is_skipped_and_the_others_are_not() -> None:
+    params = make_params({f"tall{i}": (300, 20) for i in range(3)})
+    optimizer = plain(params, "cpu")
+    train(optimizer, params, range(3))
+    before = {name: param.detach().clone() for name, param in params.items()}
+    set_grads(params, 3)
+    params["tall1"].grad = torch.full((300, 20), math.inf)
+    with pytest.warns(NonFiniteGradientWarning, match="tall1"):
+        optimizer.step()
+    assert optimizer.skipped_steps() == {'param group 0, parameter 1 ("tall1")': 1}
+    assert [torch.equal(param, before[name]) for name, param in params.items()] == [False, True, False]
+    assert [int(optimizer.state[param]["step"]) for param in params.values()] == [4, 3, 4]
+
+
+def test_prepared_layers_of_int8_weights_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(*, alone: bool) -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+        prepare(model, [".*"], rank=8, weights="int8")
+        optimizer = GaLoreFusedAdamW(model.parameters(), lr=0.01, rank=8, update_proj_gap=100, backend="cpu")
+        with monkeypatch.context() as patch:
+            if alone:
+                patch.setattr(Plan, "reason_to_be_alone", lambda self, update, states: "the test says so")
+            for _ in range(4):
+                model(torch.randn(16, 64)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        sizes = [len(group.members) for group in optimizer._plan.groups] if optimizer._plan is not None else []
+        return [tensor.clone() for tensor in model.state_dict().values()], sum(sizes)
+
+    together, members = trained(alone=False)
+    by_themselves, none = trained(alone=True)
+    assert (members, none) == (3, 0)
+    assert all(torch.equal(a, b) for a, b in zip(together, by_themselves, strict=True))
+
+
+# What the C++ allocates no hook of PyTorch sees. 96 MB of R and its workspace don't fit under the limit.
+OUT_OF_MEMORY = """
+    import resource, torch
+    from galore_kernels import ops
+
+    param, grad, basis = torch.ones(24000, 1024), torch.ones(24000, 1024), torch.eye(1024)
+    state = ops.AdamState.zeros((24000, 1024), eight_bit=True)
+    options = ops.AdamOptions(torch.tensor(0.1))
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**25, before[1]))
+    try:
+        ops.galore_update(param, grad, basis, state, options, side="right", scale=1.0, backend="cpu")
+    except MemoryError:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        assert bool((param == 1).all()) and int(state.step) == int(state.skipped) == 0
+        assert not bool(state.exp_avg_absmax.any())
+        ops.galore_update(param, grad, basis, state, options, side="right", scale=1.0, backend="cpu")
+        assert int(state.step) == 1
+        print("nothing had changed")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_the_native_code_lacks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(OUT_OF_MEMORY)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "nothing had changed\n", done.stderr
