@@ -194,7 +194,7 @@ def test_squares_whose_sum_overflows(device_backend: str) -> None:
     assert_same_state(got.state, replace(p.state, skipped=torch.tensor(1)))
 
 
-@pytest.mark.parametrize("value", [1.0, float("nan")])
+@pytest.mark.parametrize("value", [1.0, 0.5, float("nan")])
 def test_found_inf_changes_nothing_at_all(device_backend: str, value: float) -> None:
     for bad in (False, True):
         p = projected(37, 53, 5, "right")
