@@ -31,8 +31,8 @@ from galore_kernels.pretrain.train import build_model
 
 #: Ours and, beside those that they stand for, the originals.
 NAMES = (
-    "adamw", "galore", "galore_torch", "galore8bit", "galore_adafactor", "apollo", "apollo_torch", "apollo8bit",
-    "apollo_mini",
+    "adamw", "galore", "galore_torch", "galore8bit", "galore_adafactor", "galore_torch_adafactor", "apollo",
+    "apollo_torch", "apollo8bit", "apollo_mini",
 )  # fmt: skip
 
 VOCABULARY = 256

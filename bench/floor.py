@@ -83,6 +83,16 @@ def galore_work(shape: Shape, rank: int, itemsize: int, state: str) -> Work:
     return Work(read, long * short * itemsize + moments, 4 * long * short * rank)
 
 
+def adafactor_work(shape: Shape, rank: int | None, itemsize: int) -> Work:
+    """GaLore's step with Adafactor, or Adafactor's own: the moments are the means of L rows and r columns in float32.
+
+    At full rank those of m rows and n columns, and no product.
+    """
+    plain = adam_work(shape, itemsize, "none") if rank is None else galore_work(shape, rank, itemsize, "none")
+    means = 4 * (sum(shape) if rank is None else orient(shape)[0] + rank)
+    return plain + Work(means, means, 0)
+
+
 def lowrank_work(shape: Shape, rank: int, itemsize: int, state: str) -> Work:
     """The step that starts at R: read R, W, P and the moments; write W and the moments; ``U @ P.T`` alone."""
     long, short, _ = orient(shape)

@@ -24,6 +24,7 @@ TEST_FILES = (
     "test_galore_update.py",
     "test_galore_update_quantized.py",
     "test_apollo_update.py",
+    "test_device_adafactor.py",
     "test_rotate_moments.py",
     "test_adam8bit_update.py",
     "test_quantize_blockwise.py",

@@ -49,8 +49,9 @@ def _choices(text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _operations(text: str) -> list[str]:
-    known = ("galore_update", "lowrank_update", "adam8bit_update", "apollo_update", "apollo_mini_update")
-    return _choices(text, known)
+    # As in problem.py, which can't be imported yet: it imports torch.
+    adam, others = ("galore_update", "lowrank_update", "adam8bit_update"), ("apollo_update", "apollo_mini_update")
+    return _choices(text, (*adam, "galore_adafactor_update", *others))
 
 
 def _dtypes(text: str) -> list[str]:

@@ -7,9 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from floor import ZERO, Work, adam_work, apollo_work, galore_work, lowrank_work, orient
+from floor import ZERO, Work, adafactor_work, adam_work, apollo_work, galore_work, lowrank_work, orient
 from harness import Entry, Implementation, UnavailableError
-from problem import APOLLO, BETAS, FULL_RANK, LR, NEVER, NORM_GROWTH_LIMIT, OPERATIONS, SCALE, Problem
+from problem import (
+    ADAFACTOR,
+    ADAFACTOR_OPTIONS,
+    APOLLO,
+    BETAS,
+    FULL_RANK,
+    LR,
+    NEVER,
+    NORM_GROWTH_LIMIT,
+    OPERATIONS,
+    SCALE,
+    Problem,
+)
 from torch import Tensor
 
 import galore_kernels
@@ -21,6 +33,7 @@ EPS = 1e-8
 #: The optimizer that stands for ours in the goals, of each family.
 GALORE_OPTIMIZER = "ours: GaLoreFusedAdam8bit.step"
 APOLLO_OPTIMIZER = "ours: APOLLOFusedAdam8bit.step"
+ADAFACTOR_OPTIMIZER = "ours: GaLoreFusedAdafactor.step"
 
 
 def entries() -> list[Entry]:
@@ -36,6 +49,7 @@ def entries() -> list[Entry]:
         Entry("ours: GaLoreFusedAdamW.step", "ours", galore, _optimizer_builder("GaLoreFusedAdamW", "fp32")),
         Entry(APOLLO_OPTIMIZER, "ours", apollo, _optimizer_builder("APOLLOFusedAdam8bit", "8bit")),
         Entry("ours: APOLLOFusedAdamW.step", "ours", apollo, _optimizer_builder("APOLLOFusedAdamW", "fp32")),
+        Entry(ADAFACTOR_OPTIMIZER, "ours", (ADAFACTOR,), _optimizer_builder("GaLoreFusedAdafactor", "factored")),
     ]
 
 
@@ -54,7 +68,7 @@ def native_names() -> list[str]:
 
 
 def work_of(problem: Problem, state: str) -> Work:
-    """The bytes and operations of the problem's operation with moments in ``state`` format."""
+    """The bytes and operations of the problem's operation with moments in ``state`` format; Adafactor's have one."""
     itemsize = problem.case.dtype.itemsize
     total = ZERO
     for shape in problem.case.shapes:
@@ -62,6 +76,8 @@ def work_of(problem: Problem, state: str) -> Work:
             total += adam_work(shape, itemsize, state)
         elif problem.operation in APOLLO:
             total += apollo_work(shape, problem.rank, itemsize, state)
+        elif problem.operation == ADAFACTOR:
+            total += adafactor_work(shape, problem.rank, itemsize)
         elif problem.operation == "galore_update":
             total += galore_work(shape, problem.rank, itemsize, state)
         else:
@@ -103,7 +119,9 @@ def _backend_builder(backend: str, facts: dict[str, object]) -> Callable[[Proble
             for step in steps:
                 step()
 
-        return Implementation(call, work_of(problem, "8bit"), weights, notes="the operation itself, 8-bit moments")
+        moments = "factored" if problem.operation == ADAFACTOR else "8-bit"
+        notes = f"the operation itself, {moments} moments"
+        return Implementation(call, work_of(problem, "8bit"), weights, notes=notes)
 
     return build
 
@@ -113,6 +131,8 @@ def _one(problem: Problem, index: int, weight: Tensor, options: ops.AdamOptions,
         state, grad = _state(problem, weight.numel()), problem.grads[index]
         return lambda: ops.adam8bit_update(weight, grad, state, options, backend=backend)
     long, _, side = orient(problem.case.shapes[index])
+    if problem.operation == ADAFACTOR:
+        return _adafactor(problem, index, weight, long, side, backend)
     state = _state(problem, long * problem.low_rank())
     if problem.operation in APOLLO:
         return _apollo(problem, index, weight, state, options, side, backend)
@@ -122,6 +142,15 @@ def _one(problem: Problem, index: int, weight: Tensor, options: ops.AdamOptions,
         return lambda: ops.galore_update(weight, grad, basis, state, options, side=side, scale=SCALE, backend=backend)
     lowrank = problem.lowrank_grads[index]
     return lambda: ops.lowrank_update(weight, lowrank, basis, state, options, side=side, scale=SCALE, backend=backend)
+
+
+def _adafactor(problem: Problem, index: int, weight: Tensor, long: int, side: str, backend: str) -> Callable[[], None]:
+    state = ops.AdafactorState.zeros((long, problem.low_rank()), first_moment=False, device=problem.device)
+    options = ops.AdafactorOptions(torch.tensor(LR, device=problem.device), **ADAFACTOR_OPTIONS)
+    grad, basis = problem.grads[index], problem.bases[index]
+    return lambda: ops.galore_adafactor_update(
+        weight, grad, basis, state, options, side=side, scale=SCALE, backend=backend
+    )
 
 
 def _apollo(
@@ -149,8 +178,9 @@ def _optimizer_builder(cls: str, state: str) -> Callable[[Problem], Implementati
         if problem.operation in APOLLO:
             scaling, scale = APOLLO[problem.operation]
             group |= {"scale": scale, "scale_type": scaling, "norm_growth_limit": NORM_GROWTH_LIMIT}
-        optimizer = getattr(galore_kernels, cls)([group], lr=LR, betas=BETAS, eps=EPS)
-        moments = "8-bit" if state == "8bit" else "fp32"
+        own = ADAFACTOR_OPTIONS if problem.operation == ADAFACTOR else {"betas": BETAS, "eps": EPS}
+        optimizer = getattr(galore_kernels, cls)([group], lr=LR, **own)
+        moments = "8-bit" if state == "8bit" else state
         notes = f"{moments} moments; Python overhead of the optimizer included"
         return Implementation(optimizer.step, work_of(problem, state), list(params), notes=notes)
 

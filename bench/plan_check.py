@@ -21,11 +21,25 @@ from report import write_json
 from rich.console import Console
 from rich.table import Table
 
-from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW, LayerwiseOptimizer, galore_param_groups, prepare
+from galore_kernels import (
+    GaLoreFusedAdafactor,
+    GaLoreFusedAdam8bit,
+    GaLoreFusedAdamW,
+    LayerwiseOptimizer,
+    galore_param_groups,
+    prepare,
+)
 from galore_kernels.plan import LlamaShape, Plan, plan
 from galore_kernels.plan.live import LiveBytes
 from galore_kernels.plan.shapes import MODELS
 from galore_kernels.pretrain.optimizers import package_versions
+
+#: Ours, by the planner's names.
+_OURS: dict[str, Any] = {
+    "galore8bit": GaLoreFusedAdam8bit,
+    "galore": GaLoreFusedAdamW,
+    "galore_adafactor": GaLoreFusedAdafactor,
+}
 
 #: How far a prediction may be off.
 TOLERANCE = 0.05
@@ -113,6 +127,10 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
         for tokens in (8, 300):
             for mode in ({}, {"gradients": "factored"}, LIGHT):
                 yield Case("exact", "galore8bit", 1, tokens, {"weights": weights, **mode, "step": "refresh"})
+    for weights in ("fp32", "bf16"):
+        for mode in ({}, LIGHT):
+            yield Case("grouped", "galore_adafactor", 4, 128, {"weights": weights, **mode, "step": "ordinary"})
+            yield Case("grouped", "galore_adafactor", 1, 8, {"weights": weights, **mode, "step": "ordinary"})
     for optimizer in ("adamw8bit", "galore_torch", "galore_torch8bit"):
         yield Case("tiny", optimizer, 4, 128, {"weights": "bf16", "step": "ordinary"})
         yield Case("tiny", optimizer, 1, 8, {"weights": "bf16", "step": "refresh"})
@@ -154,14 +172,13 @@ def build_optimizer(case: Case, model: torch.nn.Module, gap: int) -> torch.optim
     """The case's optimizer; ``gap``: steps between refreshes."""
     if case.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters())
-    if case.optimizer in ("galore8bit", "galore"):
-        cls = GaLoreFusedAdam8bit if case.optimizer == "galore8bit" else GaLoreFusedAdamW
+    if case.optimizer in _OURS:
         options: dict[str, Any] = {
             "rank": RANKS[case.shape],
             "update_proj_gap": gap,
             "basis_format": case.options.get("basis_format"),
         }
-        own = cls(galore_param_groups(model, **options))
+        own = _OURS[case.optimizer](galore_param_groups(model, **options))
         return LayerwiseOptimizer(own) if case.options.get("updates") == "layerwise" else own
     from galore_kernels.pretrain import rivals
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from floor import Shape, dtype_name, orient
 
-OPERATIONS = ("galore_update", "lowrank_update", "adam8bit_update", "apollo_update", "apollo_mini_update")
+OPERATIONS = (
+    "galore_update",
+    "lowrank_update",
+    "adam8bit_update",
+    "galore_adafactor_update",
+    "apollo_update",
+    "apollo_mini_update",
+)
 FULL_RANK = ("adam8bit_update",)
 #: APOLLO's operations: scaling and scale, as published. Both are `galore_kernels.ops.apollo_update`.
 APOLLO = {"apollo_update": ("channel", 1.0), "apollo_mini_update": ("tensor", 128.0)}
 MINI = "apollo_mini_update"  # of rank 1 by definition
+#: With a learning rate, as in GaLore's experiments: no size of the weight, no relative step. Everyone's in its row.
+ADAFACTOR = "galore_adafactor_update"
+ADAFACTOR_OPTIONS: dict[str, Any] = {"relative_step": False, "scale_parameter": False}
 
 LR = 1e-2  # GaLore's own setting; large enough that bf16 weights of 0.02 really move
 BETAS = (0.9, 0.999)
@@ -94,6 +105,9 @@ class Problem:
         change is lr in every element (full rank) or ``lr * scale * sign(R) @ P.T`` (low rank), and for normal
         numbers the cosine between x and sign(x) is sqrt(2 / pi).
 
+        Adafactor's is R over the roots of its second moment's row and column means, of root mean square 1 too; that of
+        normal numbers goes along R itself, but for a short row, of which the mean is mostly its own.
+
         APOLLO multiplies long index j of G by sqrt(r) / |R_j|, or all of it by sqrt(L r) / |R|, and R = G @ P has norms
         about as long as G's: a change of lr sqrt(scale r) along -G_j. That length, and not the matrix', is returned:
         |R_j|^2 is distributed as |G_j|^2 chi^2 / r with r degrees of freedom, so that at rank 1 the inverses of a few
@@ -106,7 +120,7 @@ class Problem:
             scaling, scale = scaled
             median = (1 - 2 / (9 * rank)) ** -1.5 if scaling == "channel" else 1.0
             return _limited_steps(steps) * LR * median * math.sqrt(scale * rank), 1.0
-        aligned = math.sqrt(2 / math.pi)
+        aligned = 1.0 if self.operation == ADAFACTOR else math.sqrt(2 / math.pi)
         if rank is None:
             return steps * LR * math.sqrt(long * short), aligned
         return steps * LR * SCALE * math.sqrt(long * rank), aligned * math.sqrt(rank / short)

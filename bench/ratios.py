@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from floor import Limits, dtype_name, floor_seconds
 from harness import Result, quartiles
-from problem import APOLLO, Case
-from rivals import APOLLO_ADAMW, BNB_8BIT, GALORE_8BIT, TWO_PRODUCTS
+from problem import ADAFACTOR, APOLLO, Case
+from rivals import APOLLO_ADAMW, BNB_8BIT, GALORE_8BIT, GALORE_ADAFACTOR, TWO_PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ def _apply_to(case: Case, device: str) -> list[tuple[str, str, float, bool]]:
         if device == "cuda":
             return [(f"at least 3 x faster than {APOLLO_ADAMW}", APOLLO_ADAMW, 3.0, True)]
         return [(f"no slower than {APOLLO_ADAMW}", APOLLO_ADAMW, 1.0, True)]
+    if case.operation == ADAFACTOR:
+        return [(f"no slower than {GALORE_ADAFACTOR}", GALORE_ADAFACTOR, 1.0, True)]
     if case.operation != "galore_update":
         return []
     found = [(f"no slower than {GALORE_8BIT}", GALORE_8BIT, 1.0, True)]

@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from floor import ZERO, Work, adam_work, apollo_work, galore_work, orient, products_work
+from floor import ZERO, Work, adafactor_work, adam_work, apollo_work, galore_work, orient, products_work
 from harness import Entry, Implementation, UnavailableError
-from problem import APOLLO, BETAS, LR, NEVER, SCALE, Problem
+from problem import ADAFACTOR, ADAFACTOR_OPTIONS, APOLLO, BETAS, LR, NEVER, SCALE, Problem
 
 from galore_kernels.pretrain.rivals import patched_galore_torch_adamw8bit
 
@@ -18,6 +18,8 @@ TWO_PRODUCTS = "two products alone (torch)"
 GALORE_8BIT = "galore_torch AdamW8bit, patched"
 GALORE_ADAMW = "galore_torch AdamW"
 APOLLO_ADAMW = "apollo_torch APOLLOAdamW"
+GALORE_ADAFACTOR = "galore_torch GaLoreAdafactor"
+FULL_ADAFACTOR = "transformers Adafactor"
 BNB_8BIT = "bitsandbytes AdamW8bit"
 TORCH_FUSED = "torch AdamW fused"
 TORCH_FOREACH = "torch AdamW foreach"
@@ -29,13 +31,15 @@ BOTH = ("galore_update", "adam8bit_update")
 def entries() -> list[Entry]:
     """Full-rank optimizers stand in the low-rank rows too: a GaLore step should cost less than they do."""
     return [
-        Entry(TWO_PRODUCTS, "yardstick", LOW_RANK, _products),
+        Entry(TWO_PRODUCTS, "yardstick", (*LOW_RANK, ADAFACTOR), _products),
         Entry("one product alone (torch)", "yardstick", ("lowrank_update",), _products),
         Entry(GALORE_8BIT, "rival", LOW_RANK, _galore_8bit),
         Entry(GALORE_ADAMW, "rival", LOW_RANK, _galore_adamw),
         Entry(BNB_8BIT, "rival", BOTH, _bitsandbytes),
         Entry(APOLLO_ADAMW, "rival", tuple(APOLLO), _apollo_adamw),
-        Entry(TORCH_FUSED, "rival", (*BOTH, *APOLLO), _torch_adamw("fused")),
+        Entry(GALORE_ADAFACTOR, "rival", (ADAFACTOR,), _galore_adafactor),
+        Entry(FULL_ADAFACTOR, "rival", (ADAFACTOR,), _full_adafactor),
+        Entry(TORCH_FUSED, "rival", (*BOTH, ADAFACTOR, *APOLLO), _torch_adamw("fused")),
         Entry(TORCH_FOREACH, "rival", BOTH, _torch_adamw("foreach")),
     ]
 
@@ -82,7 +86,7 @@ def _galore(
 def _products(problem: Problem) -> Implementation:
     """``R = G @ P`` and ``R @ P.T`` (or the second alone) into buffers made beforehand."""
     dtype, device = problem.case.dtype, problem.device
-    count = 2 if problem.operation == "galore_update" else 1
+    count = 1 if problem.operation == "lowrank_update" else 2
     work, calls = ZERO, []
     for shape, grad, basis, lowrank in zip(
         problem.case.shapes, problem.grads, problem.bases, problem.lowrank_grads, strict=True
@@ -103,13 +107,18 @@ def _products(problem: Problem) -> Implementation:
     return Implementation(call, work, None, notes="updates nothing; result buffers allocated beforehand")
 
 
-def _inject_bases(optimizer: Any, params: list[torch.nn.Parameter], problem: Problem) -> None:
-    """Gives galore_torch its bases, so that its first step does not take its SVD (1.5 s at 1024 x 4096)."""
+def _inject_bases(
+    optimizer: Any, params: list[torch.nn.Parameter], problem: Problem, dtype: torch.dtype | None = None
+) -> None:
+    """Gives galore_torch its bases, so that its first step does not take its SVD (1.5 s at 1024 x 4096).
+
+    ``dtype``: that it would keep them in; None for the gradient's.
+    """
     projector_class = import_module("galore_torch.galore_projector").GaLoreProjector
     for shape, param, basis in zip(problem.case.shapes, params, problem.bases, strict=True):
         side = orient(shape)[2]
         projector = projector_class(problem.rank, update_proj_gap=NEVER, scale=SCALE, proj_type="std")
-        matrix = basis.T.contiguous() if side == "right" else basis
+        matrix = (basis.T.contiguous() if side == "right" else basis).to(dtype or basis.dtype)
         projector.get_orthogonal_matrix = _constant(matrix)
         optimizer.state[param].update(step=0, projector=projector)
 
@@ -142,6 +151,29 @@ def _galore_adamw(problem: Problem) -> Implementation:
     )
     _inject_bases(optimizer, params, problem)
     return _galore(problem, params, optimizer.step, "param", "moments in the gradient's dtype")
+
+
+def _galore_adafactor(problem: Problem) -> Implementation:
+    galore_torch = _import("galore_torch", "galore-torch")
+    params, rank = _parameters(problem), problem.low_rank()
+    optimizer = galore_torch.GaLoreAdafactor(_galore_groups(params, problem), lr=LR, **ADAFACTOR_OPTIONS)
+    _inject_bases(optimizer, params, problem, torch.float32)
+    work, itemsize = ZERO, problem.case.dtype.itemsize
+    for shape in problem.case.shapes:
+        wider = Work(orient(shape)[1] * rank * (torch.float32.itemsize - itemsize), 0, 0)  # its basis
+        work += adafactor_work(shape, rank, itemsize) + wider
+    notes = "factored moments; computes in float32, with float32 bases"
+    return Implementation(optimizer.step, work, list(params), _give_gradients(params, problem), notes=notes)
+
+
+def _full_adafactor(problem: Problem) -> Implementation:
+    params = _parameters(problem)
+    optimizer = _import("transformers", "transformers").Adafactor(params, lr=LR, **ADAFACTOR_OPTIONS)
+    work = ZERO
+    for shape in problem.case.shapes:
+        work += adafactor_work(shape, None, problem.case.dtype.itemsize)
+    give = _give_gradients(params, problem)
+    return Implementation(optimizer.step, work, list(params), give, full_rank=True, notes="full rank, factored moments")
 
 
 def _apollo_adamw(problem: Problem) -> Implementation:

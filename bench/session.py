@@ -125,7 +125,8 @@ def run(options: argparse.Namespace, entries: list[Entry] | None = None) -> dict
             progress.advance(bar)
 
     facts["load_at_end"] = machine.load()
-    kernels, optimizers = ours.native_names(), (ours.GALORE_OPTIMIZER, ours.APOLLO_OPTIMIZER)
+    kernels = ours.native_names()
+    optimizers = (ours.GALORE_OPTIMIZER, ours.APOLLO_OPTIMIZER, ours.ADAFACTOR_OPTIMIZER)
     ratios = all_ratios(rows, kernels)
     reached = goals(rows, kernels, optimizers, limits, clock.device.type)
     print_ratios(console, ratios)

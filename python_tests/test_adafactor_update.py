@@ -423,10 +423,11 @@ def test_squares_whose_sum_overflows_change_nothing(backend: str) -> None:
     assert got.state.skipped.item() == 1
 
 
-def test_found_inf_changes_nothing_at_all(backend: str) -> None:
+@pytest.mark.parametrize("value", [1.0, 0.5, float("nan")])
+def test_found_inf_changes_nothing_at_all(backend: str, value: float) -> None:
     for p in (full_rank((37, 53)), projected(37, 53, 5, "right")):
         p.grad[0, 0] = float("nan")
-        got = replace(p, options=replace(p.options, found_inf=torch.ones(()))).solved(backend)
+        got = replace(p, options=replace(p.options, found_inf=torch.tensor(value))).solved(backend)
         assert_same_bits(got.param, p.param, "param")
         assert_same_state(got.state, p.state)
 

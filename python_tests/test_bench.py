@@ -22,7 +22,7 @@ import rivals
 import session
 from floor import Limits, Work, orient
 from harness import CpuClock, Entry, Implementation, Result, UnavailableError, order, prepare, run
-from problem import APOLLO, LR, OPERATIONS, SCALE, Case, Problem
+from problem import ADAFACTOR, APOLLO, LR, OPERATIONS, SCALE, Case, Problem
 from ratios import Goal, Row, all_ratios, goals
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -92,7 +92,12 @@ def _adam_step(
                 side = orient(problem.case.shapes[index])[2]
                 basis = problem.bases[index]
                 lowrank = (grad if side == "right" else grad.T) @ basis
-                low = LR * SCALE * torch.sign(lowrank) @ basis.T
+                direction = torch.sign(lowrank)
+                if problem.operation == ADAFACTOR:
+                    squares = lowrank.square()
+                    means = squares.mean(1, keepdim=True) * squares.mean(0) / squares.mean()
+                    direction = lowrank / means.sqrt()
+                low = LR * SCALE * direction @ basis.T
                 change = low if side == "right" else low.T
             weight.sub_(factor * change)
 
@@ -140,7 +145,13 @@ def test_run_puts_gradients_back_before_each_call() -> None:
 
 
 # An operation of each kind, at a rank that its matrices have.
-JUDGED = [("galore_update", 8), ("adam8bit_update", None), ("apollo_update", 8), ("apollo_mini_update", 1)]
+JUDGED = [
+    ("galore_update", 8),
+    ("adam8bit_update", None),
+    ("galore_adafactor_update", 8),
+    ("apollo_update", 8),
+    ("apollo_mini_update", 1),
+]
 
 
 # Honesty -----------------------------------------------------------------------------------------------------------
@@ -285,6 +296,10 @@ def test_missing_packages_are_listed_with_the_remedy(monkeypatch: pytest.MonkeyP
     assert set(missing) == {rivals.APOLLO_ADAMW}
     assert "pip install apollo-torch" in missing[rivals.APOLLO_ADAMW]
     assert set(runnable) == {rivals.TORCH_FUSED}
+    results, runnable = prepare(Problem(_case("galore_adafactor_update"), CPU), rivals.entries())
+    assert {r.name for r in results if r.status == "missing"} == {rivals.GALORE_ADAFACTOR}
+    # torch's AdamW and transformers' Adafactor, at full rank: both steps are as long, and neither is broken.
+    assert set(runnable) == {rivals.TWO_PRODUCTS, rivals.TORCH_FUSED, rivals.FULL_ADAFACTOR}
 
 
 # Ratios and goals --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from floor import (
     Limits,
     Work,
+    adafactor_work,
     adam_work,
     apollo_work,
     floor_seconds,
@@ -70,6 +71,15 @@ def test_apollo_work_by_hand() -> None:
     moments = 2 * (4_096 + 64)
     assert apollo_work((1024, 4096), 1, 2, "8bit") == Work(3 * 8_388_608 + moments, 8_388_608 + moments, 8_388_608)
     assert apollo_work((4096, 1024), 128, 4, "fp32").operations == 2 * 4096 * 1024 * 128
+
+
+def test_adafactor_work_by_hand() -> None:
+    # 1024 x 4096 bf16: G and W of 8,388,608 B, P of 1024 x 128, means of 4096 rows and 128 columns in float32.
+    means = 4 * (4096 + 128)
+    read = 2 * 8_388_608 + 262_144 + means
+    assert adafactor_work((1024, 4096), 128, 2) == Work(read, 8_388_608 + means, 2_147_483_648)
+    means = 4 * (4096 + 1024)  # at full rank
+    assert adafactor_work((1024, 4096), None, 2) == Work(2 * 8_388_608 + means, 8_388_608 + means, 0)
 
 
 def test_products_work_by_hand() -> None:

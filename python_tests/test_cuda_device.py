@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,7 +38,16 @@ from galore_kernels import GaLoreFusedAdam8bit, _native, backend_info
 from galore_kernels.backends.batch import Batch
 from galore_kernels.backends.cuda import CudaStages
 from galore_kernels.backends.pipeline import Pipeline
-from galore_kernels.ops import AdamState, adam8bit_update, registry, rotate_moments
+from galore_kernels.ops import (
+    AdafactorOptions,
+    AdafactorState,
+    AdamState,
+    adafactor_update,
+    adam8bit_update,
+    galore_adafactor_update,
+    registry,
+    rotate_moments,
+)
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.quantizers import BASIS_FORMATS, BLOCK_SIZE
 
@@ -288,16 +299,47 @@ def test_a_captured_optimizer_step_replays_with_the_learning_rate_of_the_day(dev
     )
 
 
-def test_a_steady_step_waits_for_nothing(device: torch.device, name: str) -> None:
-    params, optimizer = model_and_optimizer(device, name, torch.tensor(0.01, device=device))
-    before = [param.detach().clone() for param in params]
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells that it doesn't see every kind of waiting
             torch.cuda.set_sync_debug_mode("error")
-        optimizer.step()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_steady_step_waits_for_nothing(device: torch.device, name: str) -> None:
+    params, optimizer = model_and_optimizer(device, name, torch.tensor(0.01, device=device))
+    before = [param.detach().clone() for param in params]
+    with waiting_is_an_error():
+        optimizer.step()
+    assert not any(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("given", [{"lr": 0.01, "relative_step": False, "scale_parameter": False}, {"beta1": 0.9}])
+def test_adafactors_updates_wait_for_nothing(device: torch.device, name: str, given: dict[str, Any]) -> None:
+    scalars = {**given, "lr": torch.tensor(given["lr"], device=device)} if "lr" in given else given
+    o = AdafactorOptions(**scalars, rounding_seed=3, weight_decay=0.1, found_inf=torch.zeros((), device=device))
+    basis = torch.linalg.qr(torch.randn(512, 64, device=device))[0].to(BF16).contiguous()
+    shapes, calls, params = [(1376, 64), (1376, 512)], [], []  # of R, and of a weight at full rank
+    for shape in shapes:
+        param, grad = (torch.randn((1376, 512), device=device).to(BF16) for _ in range(2))
+        state = AdafactorState.zeros(shape, first_moment=o.beta1 is not None, device=device)
+        params.append(param)
+        if shape == (1376, 512):
+            calls.append(partial(adafactor_update, param, grad, state, o))
+        else:
+            calls.append(
+                partial(galore_adafactor_update, param, grad, basis, state, o, side="right", scale=0.25, backend=name)
+            )
+    for call in calls:
+        call()
+    before = [param.clone() for param in params]
+    with waiting_is_an_error():
+        for call in calls:
+            call()
     assert not any(torch.equal(param, old) for param, old in zip(params, before, strict=True))
 
 

@@ -13,7 +13,7 @@ import plan_check
 import pytest
 import torch
 
-from galore_kernels import GaLoreFusedAdam8bit, GaLoreFusedAdamW
+from galore_kernels import GaLoreFusedAdafactor, GaLoreFusedAdam8bit, GaLoreFusedAdamW
 from galore_kernels.plan import MODELS, OPTIMIZERS, PARTS, LlamaShape, PlanError, plan
 from galore_kernels.plan.activations import saved_tensors
 from galore_kernels.plan.cli import main
@@ -70,7 +70,10 @@ def test_factored_gradients_save_projected_inputs_on_the_right_side() -> None:
     assert sum(tensor.bytes for tensor in refreshing) == saved_by_hand(2, 7)
 
 
-@pytest.mark.parametrize(("optimizer", "cls"), [("galore8bit", GaLoreFusedAdam8bit), ("galore", GaLoreFusedAdamW)])
+@pytest.mark.parametrize(
+    ("optimizer", "cls"),
+    [("galore8bit", GaLoreFusedAdam8bit), ("galore", GaLoreFusedAdamW), ("galore_adafactor", GaLoreFusedAdafactor)],
+)
 @pytest.mark.parametrize("basis_format", [None, "int8", "int4"])
 def test_our_state_is_the_optimizers_own_count(optimizer: str, cls: Any, basis_format: str | None) -> None:
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (300, 64), (300, 64), (64, 300)] * 2
@@ -356,6 +359,7 @@ QUICK = [
     plan_check.Case("grouped", "adamw", 2, 64, {"weights": "fp32", "step": "ordinary"}),
     plan_check.Case("grouped", "galore8bit", 2, 64, {"weights": "bf16", "checkpointing": "layer", "step": "ordinary"}),
     plan_check.Case("grouped", "galore8bit", 1, 8, {"weights": "bf16", "step": "refresh"}),
+    plan_check.Case("grouped", "galore_adafactor", 1, 8, {"weights": "bf16", "step": "ordinary"}),
     plan_check.Case("grouped", "galore8bit", 2, 64, {"weights": "fp32", **plan_check.LIGHT, "step": "refresh"}),
 ]
 

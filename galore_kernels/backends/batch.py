@@ -27,6 +27,13 @@ SIDE_CODES = {"right": 0, "left": 1}
 #: round the row to 64 bytes.
 CONTROL_WORDS = 16
 
+#: Those words that the host names too.
+STEP_SIZE, DECAY, SKIP = 6, 7, 8
+
+#: Why a tensor is left alone. Bits, because projections of many programs set the first.
+SKIP_GRADIENT = 1  # not representable; counted
+SKIP_FOUND_INF = 2  # the caller's, who counts it
+
 #: Columns of a table of addresses; the gradients' is the last.
 TABLE_COLUMNS = 14
 

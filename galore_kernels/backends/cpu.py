@@ -331,11 +331,8 @@ def _adafactor(
         state.skipped.add_(1)
         return
     weight = param.contiguous()
-    # Adafactor's decay comes first, the stages' last: (W - c / d X) d is W d - c X. Of no weight at all, d = 0, they
-    # leave 1e-15 of it, less than a rounding.
-    decay = float(step.decay) or 2.0**-50
+    size, decay = map(float, step.decayed_last(scale))
     scalars = {"lr": 1.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 1.0 - decay, "step": int(state.step)}
-    size = float(step.coefficient) * scale / decay
     write(weight, step.direction.contiguous(), size, {**scalars, "inv_grad_scale": 1.0, "maximize": False})
     for moment, value in step.moments:
         moment.copy_(value)

@@ -251,6 +251,8 @@ def make_backend(native: Any, device_type: str) -> Backend:
             "galore_update": pipeline.galore_update,
             "lowrank_update": pipeline.lowrank_update,
             "apollo_update": pipeline.apollo_update,
+            "galore_adafactor_update": functools.partial(pipeline.adafactor, is_lowrank=False),
+            "lowrank_adafactor_update": functools.partial(pipeline.adafactor, is_lowrank=True),
             "random_basis": pipeline.random_basis,
             "rotate_moments": pipeline.rotate_moments,
         },

@@ -5,100 +5,50 @@
     prepare -> scale_and_check -> lowrank_adam -> back_project_update  lowrank_update
     prepare -> adam_update                                             adam8bit_update
     prepare -> project -> lowrank_adam -> gradient_factors -> scaled_gradient_update         apollo_update
+    prepare -> project -> (torch on R) -> back_project_update          galore_adafactor_update
+    prepare -> scale_and_check -> (torch on R) -> back_project_update  lowrank_adafactor_update
 
 Nothing is read back from the device. What a launch has to know of another lies in the *control*: one row of
 ``CONTROL_WORDS`` 32-bit words for each tensor, written by ``prepare``.
+
+Adafactor's step on R is torch's operations, which write the control too. It moves 6 bytes for each element of a 16-bit
+weight (gradient read, weight read and written), 2 more with ``scale_parameter``, whose size of the weight is a pass of
+its own, and for each element of R some 64: it is read or written in float32 that often, 2 bytes for each of the
+weight's at r / S = 128 / 4096. That is counted, not measured, and much of the last stays in a large card's cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from galore_kernels.backends.batch import TABLE_COLUMNS, Batch, make_batch, new_control, with_gradients
+from galore_kernels.backends.batch import (
+    SKIP,
+    SKIP_GRADIENT,
+    STEP_SIZE,
+    TABLE_COLUMNS,
+    Batch,
+    make_batch,
+    new_control,
+    with_gradients,
+)
+from galore_kernels.backends.reference.adafactor import adafactor_step, allowed, commit
 from galore_kernels.backends.reference.rotate_moments import rotate_moments
+from galore_kernels.backends.scratch import ApolloScratch, LongSide, Scratch
 from galore_kernels.backends.stages import Stages
-from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.adafactor_update import AdafactorOptions, AdafactorState
+from galore_kernels.ops.adam import AdamOptions, AdamState, StepOptions
 from galore_kernels.ops.apollo_update import ApolloOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
+from galore_kernels.ops.projection import long_short
 from galore_kernels.ops.random_basis import RandomBasis, magnitudes
 
 #: Low-rank gradients and directions of a group are kept for as many tensors at a time as fit into this.
 WORKSPACE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """What stages of one batch pass to one another. All of it is there before the first tensor changes."""
-
-    control: Tensor
-    lowrank: Tensor
-    direction: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, count: int, direction_dtype: torch.dtype) -> _Scratch:
-        """For up to ``count`` tensors of the batch at a time."""
-        lowrank = torch.empty((count, batch.moments), dtype=torch.float32, device=batch.device)
-        return cls(new_control(batch)[:count], lowrank, torch.empty_like(lowrank, dtype=direction_dtype))
-
-    def first(self, count: int) -> _Scratch:
-        """The part of ``count`` tensors."""
-        return _Scratch(self.control[:count], self.lowrank[:count], self.direction[:count])
-
-
-@dataclass(frozen=True)
-class _ApolloScratch:
-    """The same for ``apollo_update``."""
-
-    control: Tensor
-    lowrank: Tensor
-    direction: Tensor
-    squares: Tensor
-    norms: Tensor
-    factors: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, count: int) -> _ApolloScratch:
-        """For up to ``count`` tensors of the batch at a time."""
-        lowrank = torch.empty((count, batch.moments), dtype=torch.float32, device=batch.device)
-        squares = torch.empty((count, batch.long_short()[0]), dtype=torch.float32, device=batch.device)
-        rows = torch.empty_like(squares), torch.empty_like(squares)
-        return cls(new_control(batch)[:count], lowrank, torch.empty_like(lowrank), squares, *rows)
-
-    def first(self, count: int) -> _ApolloScratch:
-        """The part of ``count`` tensors."""
-        return _ApolloScratch(*(getattr(self, field.name)[:count] for field in fields(self)))
-
-
-class _LongSide:
-    """The other dimension's products, for one matrix both of whose sides are projected: L indices, k of which are left.
-
-    They are small, and in double: float32 products would be rounded to tf32 where the user allows it. All memory is
-    there before the matrix changes.
-    """
-
-    def __init__(self, batch: Batch, basis: Tensor) -> None:
-        long, kept = basis.shape
-        self._basis = basis.double()
-        self._long, self._kept = self._basis.new_empty((long, batch.rank)), self._basis.new_empty((kept, batch.rank))
-        self.projected = torch.empty((1, long * batch.rank), dtype=torch.float32, device=batch.device)
-        self.direction = torch.empty_like(self.projected, dtype=batch.factor_dtype)
-
-    def project(self, lowrank: Tensor) -> None:
-        """lowrank (1, k * r) = basis.T @ ``self.projected``."""
-        self._long.copy_(self.projected.view_as(self._long))
-        torch.mm(self._basis.T, self._long, out=self._kept)
-        lowrank.copy_(self._kept.view_as(lowrank))
-
-    def back_project(self, direction: Tensor) -> None:
-        """``self.direction`` = basis @ direction (1, k * r)."""
-        self._kept.copy_(direction.view_as(self._kept))
-        torch.mm(self._basis, self._kept, out=self._long)
-        self.direction.copy_(self._long.view_as(self.direction))
 
 
 class Pipeline:
@@ -154,9 +104,9 @@ class Pipeline:
         group = UpdateGroup("lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options), *scales)
         batch = with_gradients(make_batch(group), (grad,))
         if long_basis is None:
-            long_side, scratch = None, _Scratch.of(batch, 1, batch.factor_dtype)
+            long_side, scratch = None, Scratch.of(batch, 1, batch.factor_dtype)
         else:
-            long_side, scratch = _LongSide(batch, long_basis), _Scratch.of(batch, 1, torch.float32)
+            long_side, scratch = LongSide(batch, long_basis), Scratch.of(batch, 1, torch.float32)
         self.stages.prepare(batch, scratch.control, options, scale)
         self.stages.scale_and_check(grad.view(1, -1), scratch.control, scratch.lowrank)
         self._from_lowrank(batch, scratch, long_side)
@@ -188,6 +138,59 @@ class Pipeline:
             apollo=apollo,
         )
         self.scaled(with_gradients(make_batch(group, self.magnitudes(group)), (grad,)), options, apollo)
+        _write_back(param, weight)
+
+    def adafactor(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        basis: Tensor,
+        long_basis: Tensor | None,
+        basis_scale: Tensor | None,
+        state: AdafactorState,
+        options: AdafactorOptions,
+        side: str,
+        scale: float,
+        weight_scale: Tensor | None = None,
+        *,
+        is_lowrank: bool,
+    ) -> None:
+        """Contracts: ``galore_kernels.ops.galore_adafactor_update`` and ``lowrank_adafactor_update``."""
+        if param.numel() == 0:
+            state.step.add_(allowed(options, param.device))
+            return
+        weight, grad = param.contiguous(), grad.contiguous()
+        rank = basis.shape[1] if basis_scale is None else basis_scale.shape[0]
+        kept = long_short(param.shape, side)[0] if long_basis is None else long_basis.shape[1]
+        lowrank = torch.empty((kept, rank), dtype=torch.float32, device=param.device)
+        # The stages that run don't look at moments: R, of whose shape they would be, stands for both.
+        in_place = AdamState(lowrank, lowrank, None, None, state.step, state.skipped)
+        scales = _scales(basis_scale), _scales(weight_scale)
+        group = UpdateGroup(
+            "galore_adafactor_update", (weight,), (in_place,), (basis,), side, scale, _seeds(options), *scales
+        )
+        batch = with_gradients(make_batch(group), (grad,))
+        control, flat = new_control(batch), lowrank.view(1, -1)
+        long_side = None if long_basis is None else LongSide(batch, long_basis)
+
+        # The step's size and decay follow; meanwhile any number on the device is a learning rate.
+        shared = {field.name: getattr(options, field.name) for field in fields(StepOptions)}
+        partial = self._partial_sums(batch)
+        self.stages.prepare(batch, control, AdamOptions(state.step, 0.0, 0.0, 0.0, **shared), 1.0)
+        if is_lowrank:
+            self.stages.scale_and_check(grad.view(1, -1), control, flat)
+        else:
+            self._project(batch, control, flat, partial, long_side)
+
+        step = adafactor_step(lowrank, weight, weight_scale, state, options)
+        skip = control[0, SKIP]
+        skip |= ~step.finite * SKIP_GRADIENT
+        control.view(torch.float32)[0, STEP_SIZE : STEP_SIZE + 2] = torch.stack(step.decayed_last(scale))
+        direction = step.direction if basis_scale is None else step.direction * basis_scale
+        dtype = torch.float32 if long_side is not None else batch.factor_dtype
+        direction = direction.to(dtype).view(1, -1)
+        commit(step.moments, state, skip == 0, skip == SKIP_GRADIENT)
+        self._back_project(batch, control, direction, long_side)
         _write_back(param, weight)
 
     def random_basis(self, short: int, basis: RandomBasis, device: torch.device) -> Tensor:
@@ -259,18 +262,18 @@ class Pipeline:
             self.stages.prepare(batch, control, options, scale)
             self.stages.galore_update(batch, control)
             return
-        all_scratch = _Scratch.of(batch, _at_once(batch), batch.factor_dtype)
+        all_scratch = Scratch.of(batch, _at_once(batch), batch.factor_dtype)
         for part, partial in [(part, self._partial_sums(part)) for part in batch.parts(_at_once(batch))]:
             scratch = all_scratch.first(part.count)
             self.stages.prepare(part, scratch.control, options, scale)
-            self.stages.project(part, scratch.control, scratch.lowrank, partial, final=True)
+            self._project(part, scratch.control, scratch.lowrank, partial, None)
             self._from_lowrank(part, scratch)
 
     def scaled(self, batch: Batch, options: AdamOptions, apollo: ApolloOptions) -> None:
         """From gradient to weight with the gradient's own directions, scaled by what the subspace's moments say."""
         bytes_each = 2 * batch.moments * torch.float32.itemsize
         at_once = _that_fit(batch, bytes_each)
-        all_scratch = _ApolloScratch.of(batch, at_once)
+        all_scratch = ApolloScratch.of(batch, at_once)
         stages, root = self.stages, math.sqrt(apollo.scale)
         for part, partial, partial_squares in [
             (part, self._partial_sums(part), self._partial_squares(part)) for part in batch.parts(at_once)
@@ -288,7 +291,7 @@ class Pipeline:
     def already_projected(self, batch: Batch, grads: Sequence[Tensor], options: AdamOptions, scale: float) -> None:
         """From low-rank gradients to weights."""
         at_once = _at_once(batch)
-        all_scratch = _Scratch.of(batch, at_once, batch.factor_dtype)
+        all_scratch = Scratch.of(batch, at_once, batch.factor_dtype)
         source = torch.empty((at_once, batch.moments), dtype=grads[0].dtype, device=batch.device)
         for first, part in zip(range(0, batch.count, at_once), batch.parts(at_once), strict=True):
             scratch, own = all_scratch.first(part.count), source[: part.count]
@@ -298,13 +301,22 @@ class Pipeline:
             self._from_lowrank(part, scratch)
 
     def _both_sides(self, batch: Batch, options: AdamOptions, scale: float, long_basis: Tensor) -> None:
-        long_side, scratch = _LongSide(batch, long_basis), _Scratch.of(batch, 1, torch.float32)
+        long_side, scratch = LongSide(batch, long_basis), Scratch.of(batch, 1, torch.float32)
         partial = self._partial_sums(batch)
         self.stages.prepare(batch, scratch.control, options, scale)
-        self.stages.project(batch, scratch.control, long_side.projected, partial, final=False)
-        long_side.project(scratch.lowrank)
-        self.stages.scale_and_check(scratch.lowrank, scratch.control, scratch.lowrank)
+        self._project(batch, scratch.control, scratch.lowrank, partial, long_side)
         self._from_lowrank(batch, scratch, long_side)
+
+    def _project(
+        self, batch: Batch, control: Tensor, lowrank: Tensor, partial: Tensor | None, long_side: LongSide | None
+    ) -> None:
+        """lowrank = the projected gradient, of one side or both, scaled and signed; and the skip flag."""
+        if long_side is None:
+            self.stages.project(batch, control, lowrank, partial, final=True)
+            return
+        self.stages.project(batch, control, long_side.projected, partial, final=False)
+        long_side.project(lowrank)
+        self.stages.scale_and_check(lowrank, control, lowrank)
 
     def _partial_sums(self, batch: Batch) -> Tensor | None:
         return self._of_splits(batch, batch.long_short()[0] * batch.rank)
@@ -318,13 +330,16 @@ class Pipeline:
             return None
         return torch.empty((splits, batch.count, elements), dtype=torch.float32, device=batch.device)
 
-    def _from_lowrank(self, batch: Batch, scratch: _Scratch, long_side: _LongSide | None = None) -> None:
-        direction = scratch.direction
-        self.stages.lowrank_adam(batch, scratch.control, scratch.lowrank, direction)
+    def _from_lowrank(self, batch: Batch, scratch: Scratch, long_side: LongSide | None = None) -> None:
+        self.stages.lowrank_adam(batch, scratch.control, scratch.lowrank, scratch.direction)
+        self._back_project(batch, scratch.control, scratch.direction, long_side)
+
+    def _back_project(self, batch: Batch, control: Tensor, direction: Tensor, long_side: LongSide | None) -> None:
+        """The weight, from a direction of one side or both."""
         if long_side is not None:
             long_side.back_project(direction)
             direction = long_side.direction
-        self.stages.back_project_update(batch, scratch.control, direction)
+        self.stages.back_project_update(batch, control, direction)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -340,7 +355,7 @@ def _that_fit(batch: Batch, bytes_each: int) -> int:
     return min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
 
 
-def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
+def _seeds(options: StepOptions) -> tuple[int, ...] | None:
     return None if options.rounding_seed is None else (options.rounding_seed,)
 
 

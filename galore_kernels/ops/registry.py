@@ -78,6 +78,11 @@ def select(op: str, name: str, device: torch.device) -> Backend:
     )
 
 
+def implements(op: str, name: str) -> bool:
+    """Whether the backend of that name, or for "auto" any, has the operation, on whatever device."""
+    return name == "auto" or op in _backends[name].kernels
+
+
 def kernel(op: str, name: str, device: torch.device) -> Callable[..., Any]:
     """The callable that serves ``op``; errors as :func:`select`."""
     return select(op, name, device).kernels[op]

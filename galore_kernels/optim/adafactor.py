@@ -23,7 +23,9 @@ class GaLoreFusedAdafactor(LowRankOptimizer):
     rate. GaLore's experiments give one instead: ``lr=..., scale_parameter=False, relative_step=False``. Learning rate
     schedulers need that: they can't change ``lr=None``.
 
-    On a GPU it runs in plain PyTorch operations, tensor by tensor: the CUDA and Triton backends don't offer it.
+    On a GPU the CUDA and Triton backends project gradients and update projected weights; in between, on the small
+    projected gradient, Adafactor is PyTorch's operations, as it is at full rank. Tensors are updated one by one, and
+    the host waits for each.
 
     Args:
         params: as for ``GaLoreFusedAdam8bit``.
@@ -40,7 +42,7 @@ class GaLoreFusedAdafactor(LowRankOptimizer):
             async_refresh, basis_format: as for ``GaLoreFusedAdam8bit``.
         moments_on_refresh: "keep" them as they are, or, without ``relative_step``, "reset" them.
         stochastic_rounding, maximize, project_nd, seed: as for ``GaLoreFusedAdam8bit``.
-        backend: "auto", "cpu" or "reference".
+        backend: as for ``GaLoreFusedAdam8bit``; at full rank "cuda" and "triton" mean "reference".
 
     Raises:
         ValueError, TypeError: an argument out of range; names argument, group and remedy.

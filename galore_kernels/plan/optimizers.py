@@ -103,13 +103,13 @@ def _our_state(
     return optimizer.state_bytes() - bases, bases
 
 
-def _ours(class_name: str) -> Memory:
+def _ours(class_name: str, update: Callable[[Settings, Sequence[Parameter]], int] | None = None) -> Memory:
     def state(settings: Settings) -> tuple[int, int]:
         options = (settings.rank, settings.proj_type, settings.basis_format)
         return _our_state(settings.shape, settings.dtype, *options, class_name)
 
     every = ("fp32", "bf16", "int8", "dense", "factored")
-    return Memory(class_name, state, _our_update, refresh_bytes, every)
+    return Memory(class_name, state, update or _our_update, refresh_bytes, every)
 
 
 def _our_apollo(class_name: str, label: str, rank: int | None = None) -> Memory:
@@ -141,13 +141,35 @@ def _our_update(settings: Settings, params: Sequence[Parameter]) -> int:
     return max((_our_scratch(settings, p) for p in params if p.projected), default=0)
 
 
+def _our_adafactor_update(settings: Settings, params: Sequence[Parameter]) -> int:
+    """Of one matrix R, u = R over the root of its second moment, and u over its size, in float32.
+
+    At full rank the same of the gradient, which is there if it is float32. On a GPU, once u is gone, also the change,
+    the decayed weight and the new one, and of a 16-bit weight the old one.
+    """
+    on_cpu, is_wide = settings.device == "cpu", settings.dtype == torch.float32
+
+    def scratch(param: Parameter) -> int:
+        if param.projected:
+            native = _our_native(settings, param) if on_cpu else 0
+            return 3 * _low_rank(settings, param.matrix) * _FLOAT + native
+        copies = (2 if is_wide else 3) if on_cpu else (4 if is_wide else 6)
+        return copies * param.matrix.numel * _FLOAT
+
+    return max(map(scratch, params))
+
+
+def _our_native(settings: Settings, param: Parameter) -> int:
+    """What the CPU's kernels take beside R."""
+    matrix, dtype = param.matrix, torch.int8 if settings.weights == "int8" else settings.dtype
+    rank, side = settings.rank_of(matrix), settings.side(matrix)
+    return workspace_bytes(matrix.rows, matrix.cols, rank, side, dtype, torch.get_num_threads())
+
+
 def _our_scratch(settings: Settings, param: Parameter) -> int:
-    matrix, rank = param.matrix, settings.rank_of(param.matrix)
-    lowrank = _low_rank(settings, matrix)
+    lowrank = _low_rank(settings, param.matrix)
     if settings.device == "cpu":
-        side, dtype = settings.side(matrix), torch.int8 if settings.weights == "int8" else settings.dtype
-        native = workspace_bytes(matrix.rows, matrix.cols, rank, side, dtype, torch.get_num_threads())
-        return lowrank * _FLOAT + native
+        return lowrank * _FLOAT + _our_native(settings, param)
     each = lowrank * (_FLOAT + settings.dtype.itemsize)
     together = min(param.count, max(1, WORKSPACE_BYTES // each))
     gathered = lowrank * settings.dtype.itemsize if settings.gradients == "factored" else 0  # the gradients, in a row
@@ -280,6 +302,7 @@ def _galore_torch_refresh(settings: Settings, matrix: Matrix, count: int) -> tup
 OPTIMIZERS: dict[str, Memory] = {
     "galore8bit": _ours("GaLoreFusedAdam8bit"),
     "galore": _ours("GaLoreFusedAdamW"),
+    "galore_adafactor": _ours("GaLoreFusedAdafactor", _our_adafactor_update),
     "adamw": Memory("torch AdamW", _adamw_state, _adamw_update, projects=False),
     "adamw_fused": Memory("torch AdamW, fused", _adamw_state, _nothing, projects=False),
     "adamw8bit": Memory("bitsandbytes AdamW8bit", _bitsandbytes_state, _nothing, projects=False),

@@ -142,6 +142,15 @@ def _galore_torch8bit(model: torch.nn.Module, config: Config) -> torch.optim.Opt
     return optimizer
 
 
+def _galore_torch_adafactor(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    optimizer_class = rivals.import_rival("galore_torch", "galore-torch").GaLoreAdafactor
+    optimizer: torch.optim.Optimizer = optimizer_class(
+        _galore_torch_groups(model, config), lr=config.lr, weight_decay=config.weight_decay,
+        **_adafactor_options(config),
+    )  # fmt: skip
+    return optimizer
+
+
 def _apollo_torch(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     optimizer_class = rivals.import_rival("apollo_torch", "apollo-torch").APOLLOAdamW
     optimizer: torch.optim.Optimizer = optimizer_class(
@@ -182,8 +191,9 @@ _BUILDERS: dict[str, Callable[[torch.nn.Module, Config], torch.optim.Optimizer]]
     "adamw8bit": _adamw8bit,
     "galore_torch": _galore_torch,
     "galore_torch8bit": _galore_torch8bit,
+    "galore_torch_adafactor": _galore_torch_adafactor,
     "apollo_torch": _apollo_torch,
 }
 
 # Their own state_dict would not survive a weights-only checkpoint, or would come back cast.
-_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit", "apollo_torch"))
+_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit", "galore_torch_adafactor", "apollo_torch"))

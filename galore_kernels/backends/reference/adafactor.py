@@ -39,6 +39,14 @@ class AdafactorStep:
     moments: list[tuple[Tensor, Tensor]]
     finite: Tensor
 
+    def decayed_last(self, scale: float) -> tuple[Tensor, Tensor]:
+        """(size, decay) of the same step as the kernels take it: weight = (weight - size * direction) * decay.
+
+        Of no weight at all, ``decay`` = 0, they leave 1e-15 of it, less than a rounding.
+        """
+        decay = self.decay.masked_fill(self.decay == 0, 2.0**-50)
+        return self.coefficient * scale / decay, decay
+
 
 def adafactor_step(
     g: Tensor, param: Tensor, weight_scale: Tensor | None, state: AdafactorState, options: AdafactorOptions
@@ -68,6 +76,25 @@ def adafactor_step(
     return AdafactorStep(direction, coefficient, 1 - alpha * options.weight_decay, moments, finite)
 
 
+def allowed(options: AdafactorOptions, device: torch.device) -> Tensor:
+    """0-d bool: whether ``found_inf`` lets the step happen."""
+    if options.found_inf is None:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return options.found_inf.reshape(()) == 0
+
+
+def commit(writes: list[tuple[Tensor, Tensor]], state: AdafactorState, taken: Tensor, refused: Tensor) -> None:
+    """Writes, and counts the step, where it is ``taken``; counts it as skipped where ``refused``. Both are 0-d bool.
+
+    ``writes``: (tensor, what it becomes). Everything that allocates comes before the first write.
+    """
+    chosen = [(target, torch.where(taken, value.view(target.shape), target)) for target, value in writes]
+    for target, value in chosen:
+        target.copy_(value)
+    state.step.add_(taken)
+    state.skipped.add_(refused)
+
+
 def _step_size(param: Tensor, weight_scale: Tensor | None, step: Tensor, options: AdafactorOptions) -> Tensor:
     """Algorithm 5's alpha, in double."""
     if options.lr is not None:
@@ -93,9 +120,19 @@ def root_mean_square(parts: Iterable[Tensor]) -> Tensor:
     count, norms = 0, []
     for part in parts:
         count += part.numel()
-        pieces = part.reshape(-1).split(_ELEMENTS_AT_ONCE)
-        norms += [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+        norms += _norms(part) if part.device.type == "cpu" else [norm_by_rows(part)]
     return torch.linalg.vector_norm(torch.stack(norms)) / max(1, count) ** 0.5
+
+
+def _norms(part: Tensor) -> list[Tensor]:
+    return [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in part.reshape(-1).split(_ELEMENTS_AT_ONCE)]
+
+
+def norm_by_rows(part: Tensor) -> Tensor:
+    """0-d float64. What a GPU takes: it sums a row in float32 as a tree, in one launch that reads 16-bit elements."""
+    if part.dim() == 0 or part.numel() == 0:
+        return torch.linalg.vector_norm(part, dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32), dtype=torch.float64)
 
 
 def _second_moment(

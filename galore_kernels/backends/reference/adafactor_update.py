@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from galore_kernels.backends.reference.adafactor import adafactor_step
+from galore_kernels.backends.reference.adafactor import adafactor_step, allowed, commit
 from galore_kernels.backends.reference.adam import scaled_gradient
 from galore_kernels.backends.reference.galore_update import back_project, project, written_weight
 from galore_kernels.ops.adafactor_update import AdafactorOptions, AdafactorState
@@ -61,20 +61,14 @@ def _update(
     scale: float,
     widened: Callable[[Tensor], Tensor],
 ) -> None:
-    """``widened``: what turns the gradient's direction into the weight's."""
-    if options.found_inf is not None and bool(options.found_inf != 0):
-        return
+    """``widened``: what turns the gradient's direction into the weight's. Nothing is read back from a device."""
+    may = allowed(options, param.device)
     if param.numel() == 0:
-        state.step.add_(1)
+        state.step.add_(may)
         return
     step = adafactor_step(scaled_gradient(grad, options), param, weight_scale, state, options)
-    if not bool(step.finite):
-        state.skipped.add_(1)
-        return
     old = param.float() if weight_scale is None else dequantize_weight(param, weight_scale, torch.float32)
     change = widened(step.direction) * (step.coefficient * scale).float()
     weight = old * step.decay.float() - change
-    number = int(state.step) + 1
-    written = written_weight(param, weight_scale, weight, options.rounding_seed, number)
-    for target, value in [*written, *step.moments, (state.step, state.step + 1)]:
-        target.copy_(value.view(target.shape))
+    written = written_weight(param, weight_scale, weight, options.rounding_seed, state.step.long() + 1)
+    commit([*written, *step.moments], state, may & step.finite, may & ~step.finite)

@@ -64,7 +64,7 @@ def lowrank_update(
 
 
 def written_weight(
-    param: Tensor, weight_scale: Tensor | None, weight: Tensor, rounding_seed: int | None, step: int
+    param: Tensor, weight_scale: Tensor | None, weight: Tensor, rounding_seed: int | None, step: int | Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """(tensor, what it becomes) of the weight, or of its codes and scales."""
     if weight_scale is None or rounding_seed is None:

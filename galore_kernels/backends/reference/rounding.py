@@ -17,16 +17,17 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(seed: int, stream: int, blocks: Tensor) -> Tensor:
+def philox(seed: int, stream: int | Tensor, blocks: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words for each 64-bit counter in ``blocks``.
 
     Key = ``seed`` (64 bits), counter = (block, ``stream``), each as low and high 32 bits. Returns int64 (N, 4).
+    ``stream``: a number, or an int64 tensor of one, which is then not read back from its device.
     """
     words = [
         blocks & _MASK,
         (blocks >> 32) & _MASK,
-        torch.full_like(blocks, stream & _MASK),
-        torch.full_like(blocks, (stream >> 32) & _MASK),
+        torch.zeros_like(blocks) + (stream & _MASK),
+        torch.zeros_like(blocks) + ((stream >> 32) & _MASK),
     ]
     key = [seed & _MASK, (seed >> 32) & _MASK]
     for _ in range(_ROUNDS):
@@ -37,7 +38,7 @@ def philox(seed: int, stream: int, blocks: Tensor) -> Tensor:
     return torch.stack(words, dim=1)
 
 
-def random_bits16(seed: int, stream: int, numel: int, device: torch.device) -> Tensor:
+def random_bits16(seed: int, stream: int | Tensor, numel: int, device: torch.device) -> Tensor:
     """16 random bits for each of ``numel`` elements, int64: eight elements share a Philox block."""
     blocks = torch.arange(-(-numel // 8), dtype=torch.int64, device=device)
     words = philox(seed, stream, blocks)
@@ -45,7 +46,7 @@ def random_bits16(seed: int, stream: int, numel: int, device: torch.device) -> T
     return halves.flatten()[:numel]
 
 
-def stochastic_bfloat16(x: Tensor, seed: int, stream: int) -> Tensor:
+def stochastic_bfloat16(x: Tensor, seed: int, stream: int | Tensor) -> Tensor:
     """Rounds float32 up or down to bfloat16 with the probability that keeps the mean; non-finite values as usual."""
     bits = x.flatten().view(torch.int32).to(torch.int64) & _MASK
     rounded = (bits + random_bits16(seed, stream, x.numel(), x.device)) & 0xFFFF0000
@@ -54,6 +55,6 @@ def stochastic_bfloat16(x: Tensor, seed: int, stream: int) -> Tensor:
     return torch.where(torch.isfinite(x), stochastic, x.to(torch.bfloat16))
 
 
-def rounded(value: Tensor, dtype: torch.dtype, rounding_seed: int | None, step: int) -> Tensor:
+def rounded(value: Tensor, dtype: torch.dtype, rounding_seed: int | None, step: int | Tensor) -> Tensor:
     """Float32 ``value`` in the weight's dtype, rounded once. ``step`` is the update's number, from 1."""
     return value.to(dtype) if rounding_seed is None else stochastic_bfloat16(value, rounding_seed, step)

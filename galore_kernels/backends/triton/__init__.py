@@ -33,6 +33,8 @@ def make_backend(*, in_interpreter: bool = False) -> Backend:
             "galore_update": pipeline.galore_update,
             "lowrank_update": pipeline.lowrank_update,
             "apollo_update": pipeline.apollo_update,
+            "galore_adafactor_update": partial(pipeline.adafactor, is_lowrank=False),
+            "lowrank_adafactor_update": partial(pipeline.adafactor, is_lowrank=True),
             "random_basis": pipeline.random_basis,
             "rotate_moments": pipeline.rotate_moments,
         },

@@ -38,17 +38,16 @@ ONE_MINUS_BETA1 = tl.constexpr(2)
 BETA2 = tl.constexpr(3)
 ONE_MINUS_BETA2 = tl.constexpr(4)
 EPS = tl.constexpr(5)
-STEP_SIZE = tl.constexpr(6)
-DECAY = tl.constexpr(7)
-SKIP = tl.constexpr(8)
+STEP_SIZE = tl.constexpr(batch.STEP_SIZE)
+DECAY = tl.constexpr(batch.DECAY)
+SKIP = tl.constexpr(batch.SKIP)
 ARRIVED = tl.constexpr(9)
 STEP_NUMBER = tl.constexpr(10)
 EXACT_STEP_SIZE = tl.constexpr(12)
 CONTROL_WORDS = tl.constexpr(batch.CONTROL_WORDS)
 
-# Why a tensor is left alone. Bits, because projections of many programs set the first.
-SKIP_GRADIENT = tl.constexpr(1)  # not representable; counted
-SKIP_FOUND_INF = tl.constexpr(2)  # the caller's, who counts it
+SKIP_GRADIENT = tl.constexpr(batch.SKIP_GRADIENT)
+SKIP_FOUND_INF = tl.constexpr(batch.SKIP_FOUND_INF)
 
 LARGEST_GRADIENT = tl.constexpr(_LARGEST)
 LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_kernels import ops
+from galore_kernels.ops import registry
 from galore_kernels.ops.adafactor_update import MOMENTS, moment_shapes
 from galore_kernels.optim.options import check_lr, expect, number
 from galore_kernels.optim.rules.rule import Rule, Spec
@@ -103,7 +104,9 @@ class Adafactor(Rule):
     ) -> None:
         own = ops.AdafactorState.of(state)
         if layout.side is None:
-            ops.adafactor_update(weight, grad, own, options, backend=backend)
+            # The backends of devices have the projected step alone.
+            named = backend if registry.implements("adafactor_update", backend) else "reference"
+            ops.adafactor_update(weight, grad, own, options, backend=named)
             return
         operation = ops.lowrank_adafactor_update if is_lowrank else ops.galore_adafactor_update
         operation(
