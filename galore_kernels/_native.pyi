@@ -137,7 +137,7 @@ def rotate_moments(
 ) -> None: ...
 def rotate_workspace_bytes(rank: int, new_rank: int, threads: int) -> int: ...
 
-# A batch is the tensors of backends/batch.py; a call updates each of them, or raises MemoryError and changes nothing.
+# The tensors of backends/batch.py, all of which a call updates.
 class CpuBatch:
     def __init__(
         self,
@@ -155,6 +155,7 @@ class CpuBatch:
         long_basis_dtype: int,
         kept: int,
     ) -> None: ...
+    def scratch_bytes(self, threads: int) -> int: ...
 
 class CpuScalars:
     def __init__(
@@ -172,10 +173,22 @@ def cpu_adam_update(
     batch: CpuBatch, gradients: Sequence[int], grad_dtype: int, scalars: CpuScalars, threads: int
 ) -> None: ...
 def cpu_galore_update(
-    batch: CpuBatch, gradients: Sequence[int], grad_dtype: int, scalars: CpuScalars, scale: float, threads: int
+    batch: CpuBatch,
+    gradients: Sequence[int],
+    grad_dtype: int,
+    scalars: CpuScalars,
+    scale: float,
+    scratch: int,
+    threads: int,
 ) -> None: ...
 def cpu_lowrank_update(
-    batch: CpuBatch, gradients: Sequence[int], grad_dtype: int, scalars: CpuScalars, scale: float, threads: int
+    batch: CpuBatch,
+    gradients: Sequence[int],
+    grad_dtype: int,
+    scalars: CpuScalars,
+    scale: float,
+    scratch: int,
+    threads: int,
 ) -> None: ...
 def cpu_apollo_update(
     batch: CpuBatch,
@@ -186,6 +199,7 @@ def cpu_apollo_update(
     scale: float,
     scale_front: bool,
     norm_growth_limit: float,
+    scratch: int,
     threads: int,
 ) -> None: ...
 

@@ -68,7 +68,11 @@ void bind_cpu_updates(py::module_& module) {
     py::class_<Batch>(module, "CpuBatch", "Tensors of one shape; see galore_kernels/backends/batch.py.")
         .def(py::init(&make_batch), "rows_of_table"_a, "rows"_a, "cols"_a, "moments"_a, "rank"_a, "side"_a,
              "weight_dtype"_a, "basis_dtype"_a, "magnitudes"_a, "stochastic"_a, "long_basis"_a, "long_basis_dtype"_a,
-             "kept"_a);
+             "kept"_a)
+        .def(
+            "scratch_bytes",
+            [](const Batch& batch, index_t threads) { return scratch_bytes(batch, thread_count(threads)); },
+            "threads"_a, "Bytes of scratch memory that its update needs; at any multiple of 8.");
     py::class_<AdamScalars>(module, "CpuScalars", "What the updates of a step share.")
         .def(py::init(&scalars_of), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "inv_grad_scale"_a,
              "maximize"_a);
@@ -82,26 +86,31 @@ void bind_cpu_updates(py::module_& module) {
     module.def(
         "cpu_galore_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
-           double scale, index_t threads) {
-            galore_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, thread_count(threads));
+           double scale, Address scratch, index_t threads) {
+            galore_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, pointer<void>(scratch),
+                          thread_count(threads));
         },
-        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "threads"_a,
+        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
         "From gradient to weight through the subspace.");
     module.def(
         "cpu_lowrank_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
-           double scale, index_t threads) {
-            lowrank_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, thread_count(threads));
+           double scale, Address scratch, index_t threads) {
+            lowrank_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, pointer<void>(scratch),
+                           thread_count(threads));
         },
-        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "threads"_a,
+        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
         "From low-rank gradient to weight.");
     module.def(
         "cpu_apollo_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
-           bool per_tensor, double scale, bool scale_front, double norm_growth_limit, index_t threads) {
+           bool per_tensor, double scale, bool scale_front, double norm_growth_limit, Address scratch,
+           index_t threads) {
             const FactorScalars how{per_tensor, scale, scale_front, norm_growth_limit, 0.0f};
-            apollo_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, how, thread_count(threads));
+            apollo_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, how, pointer<void>(scratch),
+                          thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "per_tensor"_a, "scale"_a, "scale_front"_a,
-        "norm_growth_limit"_a, "threads"_a, "From gradient to weight, scaled by what the subspace's moments say.");
+        "norm_growth_limit"_a, "scratch"_a, "threads"_a,
+        "From gradient to weight, scaled by what the subspace's moments say.");
 }

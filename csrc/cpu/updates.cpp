@@ -2,17 +2,31 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 
 namespace gk::cpu {
 
 namespace {
 
-// Memory that holds nothing yet.
-template <class T>
-std::unique_ptr<T[]> scratch(index_t n) {
-    return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(n)]);
-}
+// Pieces of scratch memory; of none (null) it counts what they would take.
+class Scratch {
+ public:
+    explicit Scratch(void* memory) : memory_(reinterpret_cast<std::uintptr_t>(memory)) {}
+
+    template <class T>
+    T* take(index_t n) {
+        static_assert(alignof(T) <= kAlignment, "every piece begins at a multiple of it");
+        const std::uintptr_t begin = memory_ + static_cast<std::uintptr_t>(bytes_);
+        bytes_ += (n * static_cast<index_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+        return reinterpret_cast<T*>(begin);
+    }
+
+    index_t bytes() const { return bytes_; }
+
+ private:
+    static constexpr index_t kAlignment = 8;
+    std::uintptr_t memory_;
+    index_t bytes_ = 0;
+};
 
 AdamScalars of_tensor(const TensorRow& row, AdamScalars scalars) {
     scalars.step = static_cast<index_t>(*row.step);
@@ -50,19 +64,19 @@ void for_each_tensor(const Batch& batch, const Gradients& gradients, const AdamS
 // and only on their way to and from the matrix (long, rank).
 class Subspace {
  public:
-    Subspace(const Batch& batch, int threads)
+    Subspace(const Batch& batch, Scratch& scratch, int threads)
         : batch_(batch),
           threads_(threads),
-          lowrank_(scratch<float>(batch.moments)),
-          wide_(scratch<float>(batch.long_basis == nullptr ? 0 : batch.long_size() * batch.rank)) {
+          lowrank_(scratch.take<float>(batch.moments)),
+          wide_(scratch.take<float>(batch.long_basis == nullptr ? 0 : batch.long_size() * batch.rank)) {
         index_t bytes = workspace_bytes(batch.short_size());
         if (batch.long_basis != nullptr) {
             bytes = std::max({bytes, workspace_bytes(batch.long_size()), workspace_bytes(batch.kept)});
         }
-        workspace_ = scratch<float>(bytes / static_cast<index_t>(sizeof(float)));
+        workspace_ = scratch.take<char>(bytes);
     }
 
-    float* lowrank() { return lowrank_.get(); }
+    float* lowrank() { return lowrank_; }
 
     // lowrank() = the projected gradient * scale. Returns whether it, and the squares if asked for, are representable.
     bool project(const void* gradient, DType dtype, const void* basis, const float* basis_scale, double scale,
@@ -70,9 +84,9 @@ class Subspace {
         const Projection p{batch_.rows, batch_.cols, batch_.side, basis, batch_.basis_dtype, batch_.rank, basis_scale};
         const auto factor = static_cast<float>(scale);
         if (batch_.long_basis == nullptr) return project(gradient, dtype, p, factor, lowrank(), squares);
-        project(gradient, dtype, p, factor, wide_.get(), nullptr);
-        return project(batch_.long_basis, batch_.long_basis_dtype, of_long_side(Side::left, wide_.get()), 1.0f,
-                       lowrank(), nullptr);
+        project(gradient, dtype, p, factor, wide_, nullptr);
+        return project(batch_.long_basis, batch_.long_basis_dtype, of_long_side(Side::left, wide_), 1.0f, lowrank(),
+                       nullptr);
     }
 
     // Adam on lowrank(), and the direction's way into the weight.
@@ -82,14 +96,14 @@ class Subspace {
                              threads_);
         const float* direction = lowrank();
         if (batch_.long_basis != nullptr) {
-            project(batch_.long_basis, batch_.long_basis_dtype, of_long_side(Side::right, lowrank()), 1.0f, wide_.get(),
+            project(batch_.long_basis, batch_.long_basis_dtype, of_long_side(Side::right, lowrank()), 1.0f, wide_,
                     nullptr);
-            direction = wide_.get();
+            direction = wide_;
         }
         const Projection p{batch_.rows,        batch_.cols, batch_.side,    row.basis,
                            batch_.basis_dtype, batch_.rank, row.basis_scale};
         kernels.back_project_update(weight_of(batch_, row, scalars), p, direction, adam_coefficients(scalars, scale),
-                                    workspace_.get(), threads_);
+                                    workspace_, threads_);
     }
 
  private:
@@ -100,7 +114,7 @@ class Subspace {
     }
 
     bool project(const void* matrix, DType dtype, const Projection& p, float scale, float* out, float* squares) {
-        return selected_kernels().project(matrix, dtype, p, scale, out, squares, workspace_.get(), threads_);
+        return selected_kernels().project(matrix, dtype, p, scale, out, squares, workspace_, threads_);
     }
 
     index_t workspace_bytes(index_t short_size) const {
@@ -109,10 +123,36 @@ class Subspace {
 
     const Batch& batch_;
     const int threads_;
-    std::unique_ptr<float[]> lowrank_, wide_, workspace_;
+    float* lowrank_;
+    float* wide_;
+    void* workspace_;
+};
+
+// What APOLLO's factors are made of, and the basis where it is drawn.
+struct Sums {
+    Sums(const Batch& batch, Scratch& scratch)
+        : of_lowrank(scratch.take<double>(batch.long_size())),
+          of_direction(scratch.take<double>(batch.long_size())),
+          squares(scratch.take<float>(batch.long_size())),
+          factors(scratch.take<float>(batch.long_size())),
+          drawn(scratch.take<std::uint16_t>(batch.magnitudes == nullptr ? 0 : batch.short_size() * batch.rank)) {}
+
+    double* of_lowrank;
+    double* of_direction;
+    float* squares;
+    float* factors;
+    std::uint16_t* drawn;
 };
 
 }  // namespace
+
+index_t scratch_bytes(const Batch& batch, int threads) {
+    if (batch.rank == 0) return 0;
+    Scratch scratch(nullptr);
+    Subspace(batch, scratch, threads);
+    if (!batch.tensors.empty() && batch.tensors.front().scaled_norm != nullptr) Sums(batch, scratch);
+    return scratch.bytes();
+}
 
 void adam_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, int threads) {
     const Kernels& kernels = selected_kernels();
@@ -126,8 +166,9 @@ void adam_update(const Batch& batch, const Gradients& gradients, const AdamScala
 }
 
 void galore_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, double scale,
-                   int threads) {
-    Subspace subspace(batch, threads);
+                   void* scratch, int threads) {
+    Scratch pieces(scratch);
+    Subspace subspace(batch, pieces, threads);
     for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
         if (!subspace.project(gradient, gradients.dtype, row.basis, row.basis_scale, own.inv_grad_scale, nullptr)) {
             return false;
@@ -138,8 +179,9 @@ void galore_update(const Batch& batch, const Gradients& gradients, const AdamSca
 }
 
 void lowrank_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, double scale,
-                    int threads) {
-    Subspace subspace(batch, threads);
+                    void* scratch, int threads) {
+    Scratch pieces(scratch);
+    Subspace subspace(batch, pieces, threads);
     const auto factor = static_cast<float>(scalars.inv_grad_scale);
     for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
         const bool representable = selected_kernels().scale_and_check(gradient, gradients.dtype, batch.moments, factor,
@@ -150,35 +192,33 @@ void lowrank_update(const Batch& batch, const Gradients& gradients, const AdamSc
 }
 
 void apollo_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, const FactorScalars& how,
-                   int threads) {
+                   void* scratch, int threads) {
     const Kernels& kernels = selected_kernels();
     const index_t long_size = batch.long_size(), short_size = batch.short_size(), rank = batch.rank;
-    const bool draws = batch.magnitudes != nullptr;
-    Subspace subspace(batch, threads);
-    const auto drawn = scratch<std::uint16_t>(draws ? short_size * rank : 0);
-    const auto squares = scratch<float>(long_size), factors = scratch<float>(long_size);
-    const auto of_lowrank = scratch<double>(long_size), of_direction = scratch<double>(long_size);
+    Scratch pieces(scratch);
+    Subspace subspace(batch, pieces, threads);
+    const Sums sums(batch, pieces);
     for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
         const void* basis = row.basis;
         double divisor = 1.0;
-        if (draws) {
-            kernels.random_basis(row.basis_seed, short_size, rank, batch.magnitudes, drawn.get(), threads);
-            basis = drawn.get();
+        if (batch.magnitudes != nullptr) {
+            kernels.random_basis(row.basis_seed, short_size, rank, batch.magnitudes, sums.drawn, threads);
+            basis = sums.drawn;
             divisor = std::sqrt(static_cast<double>(rank));
         }
-        if (!subspace.project(gradient, gradients.dtype, basis, nullptr, own.inv_grad_scale / divisor, squares.get())) {
+        if (!subspace.project(gradient, gradients.dtype, basis, nullptr, own.inv_grad_scale / divisor, sums.squares)) {
             return false;
         }
-        kernels.row_squares(subspace.lowrank(), long_size, rank, of_lowrank.get(), threads);
+        kernels.row_squares(subspace.lowrank(), long_size, rank, sums.of_lowrank, threads);
         kernels.lowrank_adam(subspace.lowrank(), batch.moments, moments_of(row), adam_coefficients(unscaled(own), 1.0),
                              threads);
-        kernels.row_squares(subspace.lowrank(), long_size, rank, of_direction.get(), threads);
+        kernels.row_squares(subspace.lowrank(), long_size, rank, sums.of_direction, threads);
         FactorScalars with_norm = how;
         with_norm.previous_norm = *row.scaled_norm;
-        *row.scaled_norm = kernels.gradient_factors({of_direction.get(), of_lowrank.get(), squares.get()}, long_size,
-                                                    with_norm, own, factors.get());
+        *row.scaled_norm = kernels.gradient_factors({sums.of_direction, sums.of_lowrank, sums.squares}, long_size,
+                                                    with_norm, own, sums.factors);
         kernels.scaled_gradient_update(weight_of(batch, row, own), gradient, gradients.dtype, batch.rows, batch.cols,
-                                       batch.side, factors.get(), adam_coefficients(own, 1.0), threads);
+                                       batch.side, sums.factors, adam_coefficients(own, 1.0), threads);
         return true;
     });
 }

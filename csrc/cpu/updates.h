@@ -1,7 +1,8 @@
 // Whole updates of tensors of one shape, one tensor after another, each by the stages of Kernels.
 //
 // A tensor whose gradient is not representable keeps weight and moments, and counts a skipped step; else it counts a
-// step. Scratch memory is allocated once, before anything changes: std::bad_alloc is all that these functions throw.
+// step. Nothing is allocated here and nothing throws: what the stages pass to one another lies in `scratch`, which
+// serves one tensor after another.
 #pragma once
 
 #include <vector>
@@ -36,15 +37,18 @@ struct Gradients {
     DType dtype;
 };
 
+// The size of the scratch memory of the batch's update, which may begin at any multiple of 8.
+index_t scratch_bytes(const Batch& batch, int threads);
+
 // The step in the scalars is not read: each tensor has its own. scale: GaLore's alpha.
 void adam_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, int threads);
 void galore_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, double scale,
-                   int threads);
+                   void* scratch, int threads);
 // The gradients are projected already.
 void lowrank_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, double scale,
-                    int threads);
+                    void* scratch, int threads);
 // The previous norm is each tensor's own.
 void apollo_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, const FactorScalars& how,
-                   int threads);
+                   void* scratch, int threads);
 
 }  // namespace gk::cpu

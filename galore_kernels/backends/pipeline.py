@@ -39,6 +39,7 @@ from galore_kernels.backends.batch import (
 from galore_kernels.backends.reference.adafactor import adafactor_step, allowed, commit
 from galore_kernels.backends.reference.rotate_moments import rotate_moments
 from galore_kernels.backends.scratch import ApolloScratch, LongSide, Scratch
+from galore_kernels.backends.single import SingleUpdates, scales, seeds, write_back
 from galore_kernels.backends.stages import Stages
 from galore_kernels.ops.adafactor_update import AdafactorOptions, AdafactorState
 from galore_kernels.ops.adam import AdamOptions, AdamState, StepOptions
@@ -51,94 +52,16 @@ from galore_kernels.ops.random_basis import RandomBasis, magnitudes
 WORKSPACE_BYTES = 256 * 2**20
 
 
-class Pipeline:
+class Pipeline(SingleUpdates):
     """The operations on tensors of a device, from a backend's stages."""
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
         self._magnitudes: dict[tuple[str, torch.device], Tensor] = {}
 
-    def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
-        """Contract: ``galore_kernels.ops.adam8bit_update``."""
-        weight, grad = param.contiguous(), grad.contiguous()
-        group = UpdateGroup("adam8bit_update", (weight,), (state,), rounding_seeds=_seeds(options))
-        self.full_rank(with_gradients(make_batch(group), (grad,)), options)
-        _write_back(param, weight)
-
-    def galore_update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        basis: Tensor,
-        long_basis: Tensor | None,
-        basis_scale: Tensor | None,
-        state: AdamState,
-        options: AdamOptions,
-        side: str,
-        scale: float,
-        weight_scale: Tensor | None = None,
-    ) -> None:
-        """Contract: ``galore_kernels.ops.galore_update``."""
-        weight, grad = param.contiguous(), grad.contiguous()
-        scales = _scales(basis_scale), _scales(weight_scale)
-        group = UpdateGroup("galore_update", (weight,), (state,), (basis,), side, scale, _seeds(options), *scales)
-        self.projected(with_gradients(make_batch(group), (grad,)), options, scale, long_basis)
-        _write_back(param, weight)
-
-    def lowrank_update(
-        self,
-        param: Tensor,
-        lowrank_grad: Tensor,
-        basis: Tensor,
-        long_basis: Tensor | None,
-        basis_scale: Tensor | None,
-        state: AdamState,
-        options: AdamOptions,
-        side: str,
-        scale: float,
-        weight_scale: Tensor | None = None,
-    ) -> None:
-        """Contract: ``galore_kernels.ops.lowrank_update``."""
-        weight, grad = param.contiguous(), lowrank_grad.contiguous()
-        scales = _scales(basis_scale), _scales(weight_scale)
-        group = UpdateGroup("lowrank_update", (weight,), (state,), (basis,), side, scale, _seeds(options), *scales)
-        batch = with_gradients(make_batch(group), (grad,))
-        if long_basis is None:
-            long_side, scratch = None, Scratch.of(batch, 1, batch.factor_dtype)
-        else:
-            long_side, scratch = LongSide(batch, long_basis), Scratch.of(batch, 1, torch.float32)
-        self.stages.prepare(batch, scratch.control, options, scale)
-        self.stages.scale_and_check(grad.view(1, -1), scratch.control, scratch.lowrank)
-        self._from_lowrank(batch, scratch, long_side)
-        _write_back(param, weight)
-
-    def apollo_update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        basis: Tensor | RandomBasis,
-        state: AdamState,
-        scaled_norm: Tensor,
-        options: AdamOptions,
-        apollo: ApolloOptions,
-        side: str,
-        weight_scale: Tensor | None = None,
-    ) -> None:
-        """Contract: ``galore_kernels.ops.apollo_update``."""
-        weight, grad = param.contiguous(), grad.contiguous()
-        group = UpdateGroup(
-            "apollo_update",
-            (weight,),
-            (state,),
-            (basis,),
-            side,
-            rounding_seeds=_seeds(options),
-            weight_scales=_scales(weight_scale),
-            scaled_norms=(scaled_norm,),
-            apollo=apollo,
-        )
-        self.scaled(with_gradients(make_batch(group, self.magnitudes(group)), (grad,)), options, apollo)
-        _write_back(param, weight)
+    def update(self, group: UpdateGroup, grad: Tensor, options: AdamOptions, long_basis: Tensor | None = None) -> None:
+        batch = with_gradients(make_batch(group, self.magnitudes(group)), (grad,))
+        self.run(group, batch, (grad,), options, long_basis)
 
     def adafactor(
         self,
@@ -165,9 +88,9 @@ class Pipeline:
         lowrank = torch.empty((kept, rank), dtype=torch.float32, device=param.device)
         # The stages that run don't look at moments: R, of whose shape they would be, stands for both.
         in_place = AdamState(lowrank, lowrank, None, None, state.step, state.skipped)
-        scales = _scales(basis_scale), _scales(weight_scale)
+        own_scales = scales(basis_scale), scales(weight_scale)
         group = UpdateGroup(
-            "galore_adafactor_update", (weight,), (in_place,), (basis,), side, scale, _seeds(options), *scales
+            "galore_adafactor_update", (weight,), (in_place,), (basis,), side, scale, seeds(options), *own_scales
         )
         batch = with_gradients(make_batch(group), (grad,))
         control, flat = new_control(batch), lowrank.view(1, -1)
@@ -191,7 +114,7 @@ class Pipeline:
         direction = direction.to(dtype).view(1, -1)
         commit(step.moments, state, skip == 0, skip == SKIP_GRADIENT)
         self._back_project(batch, control, direction, long_side)
-        _write_back(param, weight)
+        write_back(param, weight)
 
     def random_basis(self, short: int, basis: RandomBasis, device: torch.device) -> Tensor:
         """Contract: ``galore_kernels.ops.random_basis``."""
@@ -246,6 +169,24 @@ class Pipeline:
         self.stages.write_column(table, TABLE_COLUMNS - 1, batch.gradients)
         return replace(batch, table=table)
 
+    def run(
+        self,
+        group: UpdateGroup,
+        batch: Batch,
+        grads: Sequence[Tensor],
+        options: AdamOptions,
+        long_basis: Tensor | None = None,
+    ) -> None:
+        """One step of all tensors of ``group``, whose batch is ``batch``."""
+        if group.operation == "adam8bit_update":
+            self.full_rank(batch, options)
+        elif group.operation == "lowrank_update":
+            self.already_projected(batch, grads, options, group.scale, long_basis)
+        elif group.apollo is not None:
+            self.scaled(batch, options, group.apollo)
+        else:
+            self.projected(batch, options, group.scale, long_basis)
+
     def full_rank(self, batch: Batch, options: AdamOptions) -> None:
         """From gradient to weight at full rank."""
         control = new_control(batch)
@@ -288,17 +229,28 @@ class Pipeline:
             stages.gradient_factors(part, own.control, lowrank, direction, squares, own.norms, own.factors, apollo)
             stages.scaled_gradient_update(part, own.control, own.factors)
 
-    def already_projected(self, batch: Batch, grads: Sequence[Tensor], options: AdamOptions, scale: float) -> None:
+    def already_projected(
+        self,
+        batch: Batch,
+        grads: Sequence[Tensor],
+        options: AdamOptions,
+        scale: float,
+        long_basis: Tensor | None = None,
+    ) -> None:
         """From low-rank gradients to weights."""
         at_once = _at_once(batch)
-        all_scratch = Scratch.of(batch, at_once, batch.factor_dtype)
-        source = torch.empty((at_once, batch.moments), dtype=grads[0].dtype, device=batch.device)
+        long_side = None if long_basis is None else LongSide(batch, long_basis)
+        all_scratch = Scratch.of(batch, at_once, batch.factor_dtype if long_side is None else torch.float32)
+        source = grads[0].view(1, -1)
+        if batch.count > 1:
+            source = source.new_empty((at_once, batch.moments))
         for first, part in zip(range(0, batch.count, at_once), batch.parts(at_once), strict=True):
             scratch, own = all_scratch.first(part.count), source[: part.count]
-            torch.stack([grad.view(-1) for grad in grads[first : first + part.count]], out=own)
+            if batch.count > 1:
+                torch.stack([grad.view(-1) for grad in grads[first : first + part.count]], out=own)
             self.stages.prepare(part, scratch.control, options, scale)
             self.stages.scale_and_check(own, scratch.control, scratch.lowrank)
-            self._from_lowrank(part, scratch)
+            self._from_lowrank(part, scratch, long_side)
 
     def _both_sides(self, batch: Batch, options: AdamOptions, scale: float, long_basis: Tensor) -> None:
         long_side, scratch = LongSide(batch, long_basis), Scratch.of(batch, 1, torch.float32)
@@ -355,19 +307,6 @@ def _that_fit(batch: Batch, bytes_each: int) -> int:
     return min(batch.count, max(1, WORKSPACE_BYTES // max(1, bytes_each)))
 
 
-def _seeds(options: StepOptions) -> tuple[int, ...] | None:
-    return None if options.rounding_seed is None else (options.rounding_seed,)
-
-
-def _scales(scale: Tensor | None) -> tuple[Tensor, ...]:
-    return () if scale is None else (scale,)
-
-
-def _write_back(param: Tensor, weight: Tensor) -> None:
-    if weight.data_ptr() != param.data_ptr():
-        param.copy_(weight)
-
-
 class _PreparedGroup:
     """A group with its table, of which only the gradients' column is written again when their addresses change."""
 
@@ -376,23 +315,19 @@ class _PreparedGroup:
         self._batch = make_batch(group, pipeline.magnitudes(group))
 
     def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
-        if self._group.operation == "lowrank_update":
+        pipeline = self._pipeline
+        if self._group.operation == "lowrank_update":  # whose gradients no stage finds by the table
             if self._batch.table is None:
                 own = replace(self._batch, gradients=(0,) * self._batch.count, aligned=self._batch.fixed_aligned)
-                self._batch = self._pipeline.tabled(own)
-            self._pipeline.already_projected(self._batch, grads, options, self._group.scale)
+                self._batch = pipeline.tabled(own)
+            pipeline.run(self._group, self._batch, grads, options)
             return
         batch = with_gradients(self._batch, grads)
         if batch.table is None:
-            batch = self._pipeline.tabled(batch)
+            batch = pipeline.tabled(batch)
         elif batch.gradients != self._batch.gradients:
             # Of a write that is cut short nobody knows how far it came.
             self._batch = replace(self._batch, gradients=())
-            self._pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, batch.gradients)
+            pipeline.stages.write_column(batch.table, TABLE_COLUMNS - 1, batch.gradients)
         self._batch = batch
-        if self._group.operation == "adam8bit_update":
-            self._pipeline.full_rank(batch, options)
-        elif self._group.apollo is not None:
-            self._pipeline.scaled(batch, options, self._group.apollo)
-        else:
-            self._pipeline.projected(batch, options, self._group.scale)
+        pipeline.run(self._group, batch, grads, options)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from galore_kernels.ops.adam import AdamOptions, AdamState
+from galore_kernels.ops.adam import AdamOptions, AdamState, StepOptions
 from galore_kernels.ops.apollo_update import ApolloOptions
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.random_basis import RandomBasis
@@ -27,9 +27,9 @@ class SingleUpdates(ABC):
     def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
         """Contract: ``galore_kernels.ops.adam8bit_update``."""
         weight = param.contiguous()
-        group = UpdateGroup("adam8bit_update", (weight,), (state,), rounding_seeds=_seeds(options))
+        group = UpdateGroup("adam8bit_update", (weight,), (state,), rounding_seeds=seeds(options))
         self.update(group, grad.contiguous(), options)
-        _write_back(param, weight)
+        write_back(param, weight)
 
     def galore_update(
         self,
@@ -88,12 +88,12 @@ class SingleUpdates(ABC):
             (basis,),
             side,
             scale,
-            rounding_seeds=_seeds(options),
-            basis_scales=_scales(basis_scale),
-            weight_scales=_scales(weight_scale),
+            rounding_seeds=seeds(options),
+            basis_scales=scales(basis_scale),
+            weight_scales=scales(weight_scale),
         )
         self.update(group, grad.contiguous(), options, long_basis)
-        _write_back(param, weight)
+        write_back(param, weight)
 
     def apollo_update(
         self,
@@ -115,23 +115,26 @@ class SingleUpdates(ABC):
             (state,),
             (basis,),
             side,
-            rounding_seeds=_seeds(options),
-            weight_scales=_scales(weight_scale),
+            rounding_seeds=seeds(options),
+            weight_scales=scales(weight_scale),
             scaled_norms=(scaled_norm,),
             apollo=apollo,
         )
         self.update(group, grad.contiguous(), options)
-        _write_back(param, weight)
+        write_back(param, weight)
 
 
-def _seeds(options: AdamOptions) -> tuple[int, ...] | None:
+def seeds(options: StepOptions) -> tuple[int, ...] | None:
+    """``UpdateGroup.rounding_seeds`` of one tensor."""
     return None if options.rounding_seed is None else (options.rounding_seed,)
 
 
-def _scales(scale: Tensor | None) -> tuple[Tensor, ...]:
+def scales(scale: Tensor | None) -> tuple[Tensor, ...]:
+    """Those of one tensor, of which there may be none."""
     return () if scale is None else (scale,)
 
 
-def _write_back(param: Tensor, weight: Tensor) -> None:
+def write_back(param: Tensor, weight: Tensor) -> None:
+    """Puts ``param.contiguous()``, which has been updated, back where it is a copy."""
     if weight.data_ptr() != param.data_ptr():
         param.copy_(weight)
