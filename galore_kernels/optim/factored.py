@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_kernels.nn import LowRankGradient
+from galore_kernels.nn import CarriedGradient, LowRankGradient
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.options import AUTO
 from galore_kernels.optim.processes import factors_of
 from galore_kernels.optim.refresh import Found, changes, due_at, find_bases, take_over
+from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
 from galore_kernels.subspace import projection_side
 
@@ -43,6 +44,15 @@ def check_factored(factored: LowRankGradient, group: Mapping[str, Any], where: s
         raise ValueError(
             f"proj_type={group['proj_type']!r} in {where}: a layer of shape {shape} was prepared for side "
             f"{factored.side}; pass the same proj_type to prepare"
+        )
+
+
+def check_dense(carried: CarriedGradient, layout: Layout, group: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError unless an int8 weight with a gradient of full size is projected in its group."""
+    if layout.rank is None:
+        raise ValueError(
+            f"rank={group['rank']!r} in {where}: a layer of shape {tuple(carried.weight.shape)} has int8 weights, "
+            "which no full-rank update takes; give it a group with a rank, as galore_param_groups(model, rank=...) does"
         )
 
 
