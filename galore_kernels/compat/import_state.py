@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -292,6 +293,9 @@ def _bases(projector: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
 def _norm(state: Mapping[str, Any], update: Update) -> Tensor:
     """That of APOLLO's last scaled gradient; 0 where its limiter was off."""
     norm = _tensor(state, "scaled_grad", update, ()).float() if "scaled_grad" in state else torch.zeros(())
+    if "state1" in state:  # QAPOLLOAdamW's, which is taken after bias correction
+        (beta1, beta2), step = update.group["betas"], _step(state, update.name)
+        norm = norm * ((1 - beta1**step) / math.sqrt(1 - beta2**step))
     if not 0 <= float(norm) < float("inf"):
         raise ValueError(f"{update.name}: scaled_grad of the state is {float(norm)}, expected a norm; it is damaged")
     return norm

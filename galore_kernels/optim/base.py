@@ -92,7 +92,7 @@ class LowRankOptimizer(OneByOne):
                     )
                 check_factored(gradient, complete, where)
             elif gradient is not None:
-                check_dense(gradient, self._layout(tensor, complete), complete, where)
+                check_dense(tensor, self._layout(tensor, complete), complete, where)
         super().add_param_group(group)
         if self._is_made:
             self._adopt()

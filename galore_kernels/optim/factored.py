@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_kernels.nn import CarriedGradient, LowRankGradient
+from galore_kernels.nn import LowRankGradient
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.options import AUTO
 from galore_kernels.optim.processes import factors_of
@@ -47,11 +47,11 @@ def check_factored(factored: LowRankGradient, group: Mapping[str, Any], where: s
         )
 
 
-def check_dense(carried: CarriedGradient, layout: Layout, group: Mapping[str, Any], where: str) -> None:
+def check_dense(carrier: Tensor, layout: Layout, group: Mapping[str, Any], where: str) -> None:
     """Raises ValueError unless an int8 weight with a gradient of full size is projected in its group."""
     if layout.rank is None:
         raise ValueError(
-            f"rank={group['rank']!r} in {where}: a layer of shape {tuple(carried.weight.shape)} has int8 weights, "
+            f"rank={group['rank']!r} in {where}: a layer of shape {tuple(carrier.shape)} has int8 weights, "
             "which no full-rank update takes; give it a group with a rank, as galore_param_groups(model, rank=...) does"
         )
 
