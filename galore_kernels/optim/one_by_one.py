@@ -59,7 +59,7 @@ class OneByOne(SteppingOptimizer):
         if multi_tensor.operation_of(update) is None:
             return self._plan_of([update], unscaling, capture=False)
         group = {**update.group, "params": [param]}
-        carriers = {id(param)} if update.carried is not None else ()
+        carriers = {id(param)} if update.factored is not None else ()
         seen = multi_tensor.observe(self._observed, [group], states, [param.grad], [update.weight], carriers)
         plan = self._singles.get(id(param))
         if plan is None or not plan.holds(seen, self._select):

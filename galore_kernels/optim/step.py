@@ -248,7 +248,7 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def _observe(self, grads: list[Tensor | None]) -> object:
         weights = [gradient.weight for gradient in self._carried]
-        carriers = {id(gradient.carrier) for gradient in self._carried}
+        carriers = {id(gradient.carrier) for gradient in self._prepared}
         return multi_tensor.observe(self._observed, self.param_groups, self.state, grads, weights, carriers)
 
     def _collect(self, unscaling: Unscaling) -> list[Update]:
