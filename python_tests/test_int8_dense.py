@@ -539,6 +539,21 @@ def test_another_optimizer_beside_ours_is_noticed() -> None:
         backward_passes(model, 1)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_the_optimizer_of_a_model_that_was_unprepared_is_told(layerwise: bool) -> None:
+    model = prepared()
+    optimizer: Any = optimizer_of(model)
+    if layerwise:
+        optimizer = LayerwiseOptimizer(optimizer)
+    run(model, optimizer, range(2))
+    unprepare(model)
+    with pytest.raises(RuntimeError, match=r"is unprepared; .* make a new optimizer after unprepare"):
+        run(model, optimizer, range(1))
+    if layerwise:
+        optimizer.detach()
+    run(model, optimizer_of(model), range(2))
+
+
 def test_a_gradient_needs_no_optimizer() -> None:
     model = prepared()
     backward_passes(model, 0)

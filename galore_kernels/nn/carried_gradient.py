@@ -42,6 +42,10 @@ class CarriedGradient:
         _by_carrier[self.carrier] = weakref.ref(self)
         self.carrier.register_post_accumulate_grad_hook(self._after_backward)
 
+    def unbind(self) -> None:
+        """Forgets the layer, which has a gradient of its own again: an optimizer that goes on is told so."""
+        self._layer = None
+
     @property
     def is_bound(self) -> bool:
         """Whether it has a layer."""
@@ -52,7 +56,10 @@ class CarriedGradient:
         """The linear layer, or one of several with this weight."""
         layer = None if self._layer is None else self._layer()
         if layer is None:
-            raise RuntimeError("the layer of a prepared weight is gone; keep the model while its optimizer steps")
+            raise RuntimeError(
+                "the layer of a prepared weight is gone, or is unprepared; keep the model while its optimizer steps, "
+                "and make a new optimizer after unprepare"
+            )
         return layer
 
     @property

@@ -27,7 +27,7 @@ def prepare(
     proj_type: str = "std",
     weights: str | None = None,
 ) -> Model:
-    """Gives a model's linear layers factored gradients: no (m, n) gradient of theirs ever exists.
+    """Gives a model's linear layers factored gradients, of which none of size (m, n) ever exists; or int8 weights.
 
     The gradient of a linear layer's weight is G = dY.T @ X. Projected it is R = dY.T @ (X @ P), which takes
     T r (m + n) multiplications instead of T m n, and (L, r) numbers instead of m n. A prepared layer's backward pass
@@ -154,8 +154,7 @@ def unprepare(model: Model) -> Model:
             own = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
             weights[key] = cast(nn.Parameter, own)
             weights[key].requires_grad_(True)
-        if isinstance(layer.gradient, LowRankGradient):
-            layer.gradient.owner = None
+        layer.gradient.unbind()
         delattr(layer, layer.gradient.name)
         if isinstance(layer, Int8Linear):
             del layer.weight_codes, layer.weight_scale

@@ -62,8 +62,8 @@ def check_owner(gradients: Iterable[LowRankGradient], optimizer: object) -> None
         if gradient.owner is None or gradient.owner() is not optimizer:
             raise RuntimeError(
                 f"a layer of shape {tuple(gradient.weight.shape)} that was prepared has another optimizer now, made "
-                "later, in whose basis its gradient is, or is unprepared; step with the optimizer that was made last, "
-                "or load this one's state_dict into itself to return to it"
+                "later, in whose basis its gradient is; step with the optimizer that was made last, or load this one's "
+                "state_dict into itself to return to it"
             )
 
 
