@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from galore_kernels import (
+    APOLLOFusedAdam8bit,
     GaLoreFusedAdafactor,
     GaLoreFusedAdam8bit,
     GaLoreFusedAdamW,
@@ -39,6 +40,7 @@ _OURS: dict[str, Any] = {
     "galore8bit": GaLoreFusedAdam8bit,
     "galore": GaLoreFusedAdamW,
     "galore_adafactor": GaLoreFusedAdafactor,
+    "apollo8bit": APOLLOFusedAdam8bit,
 }
 
 #: How far a prediction may be off.
@@ -123,6 +125,10 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
             for mode in ({"gradients": "factored"}, LIGHT, {**LIGHT, "checkpointing": "layer", "basis_format": "int8"}):
                 yield Case(shape, "galore8bit", batch, sequence, {"weights": "int8", **mode, "step": step})
             yield Case(shape, "galore8bit", 1, 8, {"weights": "int8", **LIGHT, "step": step})
+        for tokens in (8, 128):
+            for updates in ("whole", "layerwise"):
+                for optimizer in ("galore8bit", "apollo8bit"):
+                    yield Case(shape, optimizer, 1, tokens, {"weights": "int8", "updates": updates, "step": "refresh"})
     for weights in ("fp32", "bf16"):
         for tokens in (8, 300):
             for mode in ({}, {"gradients": "factored"}, LIGHT):
@@ -159,9 +165,9 @@ def build_model(case: Case) -> torch.nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(case.predicted().settings.dtype)
     model.train()
-    if case.options.get("gradients") == "factored":
-        weights = "int8" if case.options["weights"] == "int8" else None
-        prepare(model, rank=RANKS[case.shape], weights=weights)
+    factored, weights = case.options.get("gradients") == "factored", case.options["weights"]
+    if factored or weights == "int8":
+        prepare(model, rank=RANKS[case.shape] if factored else None, weights=weights if weights == "int8" else None)
     if case.options.get("checkpointing") == "layer":
         settings = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]

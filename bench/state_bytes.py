@@ -12,6 +12,7 @@ import argparse
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from report import write_json
@@ -26,7 +27,9 @@ from galore_kernels import (
     GaLoreFusedAdam8bit,
     GaLoreFusedAdamW,
     galore_param_groups,
+    prepare,
 )
+from galore_kernels.nn import carried_gradient_of
 from galore_kernels.plan import plan
 from galore_kernels.plan.shapes import MODELS as SHAPES
 from galore_kernels.pretrain.presets import PRESETS
@@ -103,7 +106,7 @@ def apollos(model: nn.Module, rank: int) -> list[tuple[str, int, APOLLOFusedAdam
 
 @dataclass(frozen=True)
 class Replica:
-    """What one of several data-parallel processes holds, in bytes: ``buckets`` are DDP's copies of all gradients."""
+    """What a process holds, in bytes: ``buckets`` are copies of all gradients that DDP makes of several processes'."""
 
     model: str
     optimizer: str
@@ -141,6 +144,25 @@ def replicas(name: str) -> list[Replica]:
     return found
 
 
+#: What APOLLO's paper says of pre-training LLaMA-7B with Q-APOLLO-Mini (Zhu et al., arXiv 2412.05270): less than this.
+PAPER_Q_APOLLO_MINI = 12e9
+
+
+def q_apollos(name: str) -> list[Replica]:
+    """A model with int8 weights under layerwise updates, which hold one gradient at a time: the largest is counted."""
+    model = prepare(meta_llama(name), rank=None, weights="int8")
+    carried = {id(param) for param in model.parameters() if carried_gradient_of(param) is not None}
+    weights = sum(param.nbytes for param in model.parameters() if id(param) not in carried)
+    gradient = max(param.nbytes for param in model.parameters() if param.requires_grad)
+    found = []
+    for label, rank, optimizer in apollos(model, 256):
+        options: dict[str, Any] = {"tokens": TOKENS, "weights": "int8", "updates": "layerwise"}
+        parts = plan(name, "apollo8bit", rank=rank, step="ordinary", **options).parts
+        activations = parts["activations"] + parts["logits"]
+        found.append(Replica(name, label, weights, gradient, 0, optimizer.state_bytes(), activations))
+    return found
+
+
 def projected_counts(name: str) -> list[Count]:
     """The same of the projected matrices alone, without embedding, head and norms."""
     model, rank = meta_llama(name), PRESETS[name].rank
@@ -155,15 +177,15 @@ def projected_counts(name: str) -> list[Count]:
     return found
 
 
-def replica_table(found: list[Replica]) -> Table:
-    """One row each, in GiB, as cards are sold."""
-    table = Table(title=f"LLaMA-13B in bfloat16, {TOKENS} tokens, counted for a card of 80 GiB", title_justify="left")
+def replica_table(title: str, found: list[Replica], most: float) -> Table:
+    """One row each, in GiB, as cards are sold; whether it takes less than ``most``."""
+    table = Table(title=title, title_justify="left")
     table.add_column("optimizer")
     for column in ("weights", "gradients", "buckets", "state", "activations", "total", "fits"):
         table.add_column(column, justify="right")
     for one in found:
         parts = (one.weights, one.gradients, one.buckets, one.state, one.activations, one.total)
-        table.add_row(one.optimizer, *(f"{part / 2**30:.1f}" for part in parts), "yes" if one.total < CARD else "no")
+        table.add_row(one.optimizer, *(f"{part / 2**30:.1f}" for part in parts), "yes" if one.total < most else "no")
     return table
 
 
@@ -193,7 +215,10 @@ def main(arguments: list[str]) -> int:
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     under_ddp = replicas("13b")
-    console.print(replica_table(under_ddp))
+    console.print(replica_table(f"LLaMA-13B in bfloat16, {TOKENS} tokens, on a card of 80 GiB", under_ddp, CARD))
+    int8 = q_apollos("7b")
+    title = f"LLaMA-7B with int8 weights, {TOKENS} tokens, layerwise, in the 12 GB of Q-APOLLO's paper"
+    console.print(replica_table(title, int8, PAPER_Q_APOLLO_MINI))
     if options.out is not None:
         data = {
             "format": 1,
@@ -202,6 +227,8 @@ def main(arguments: list[str]) -> int:
             "counts": [asdict(count) for count in found],
             "ddp_13b": [{**asdict(replica), "total": replica.total} for replica in under_ddp],
             "ddp_card_bytes": CARD,
+            "int8_7b": [{**asdict(replica), "total": replica.total} for replica in int8],
+            "paper_q_apollo_mini_7b_bytes": PAPER_Q_APOLLO_MINI,
             "ddp_tokens": TOKENS,
         }
         write_json(options.out, data)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from factored_cases import Model, Run, batch, loss_of
+from factored_cases import TARGETS, Model, Run, batch, loss_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from galore_kernels import GaLoreFusedAdam8bit
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit, galore_param_groups, prepare
 
 WORLD = 2
 STEPS = 14  # over two refreshes
@@ -54,10 +54,30 @@ def work(rank: int, folder: str) -> None:
             model = DistributedDataParallel(run.model, bucket_cap_mb=0.001, gradient_as_bucket_view=name == "svd")
             losses = train(model, run, rank, micro_batches)
             results[f"{name} {micro_batches}"] = losses, run.weights(), run.optimizer.subspace_report()
+    results["dense int8"] = dense_int8(rank)
     results["uneven"] = uneven(rank)
     results["other layers"] = other_layers(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def dense_int8(rank: int | None) -> Any:
+    """Int8 weights with gradients of full size, which are averaged as any others; ``rank`` None is one process."""
+    torch.manual_seed(0)
+    inner = prepare(Model(), TARGETS, None, weights="int8")
+    if rank:  # DDP makes it the first process'
+        inner.get_parameter("mlp_up.weight_codes").zero_()
+    optimizer = APOLLOFusedAdam8bit(galore_param_groups(inner, TARGETS, rank=8, update_proj_gap=5), lr=1e-2)
+    model = inner if rank is None else DistributedDataParallel(inner, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+    losses = []
+    for step in range(STEPS):
+        data = batch(step)
+        loss = loss_of(model, data if rank is None else share(data, rank))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, inner.state_dict()
 
 
 def uneven(rank: int) -> Any:

@@ -82,14 +82,16 @@ class Grouping:
                     assert grad.shape == (state.exp_avg.shape if lowrank else param.shape)
                     assert not torch.is_autocast_enabled("cpu")
                     own = replace(options, rounding_seed=seeds[i])
+                    weight_scale = group.weight_scales[i] if group.weight_scales else None
                     if group.operation == "adam8bit_update":
                         kernel(param, grad, state, own)
                     elif group.operation == "apollo_update":
-                        norm = group.scaled_norms[i]
-                        kernel(param, grad, group.bases[i], state, norm, own, group.apollo, group.side)
+                        norm, options_of = group.scaled_norms[i], (own, group.apollo)
+                        kernel(param, grad, group.bases[i], state, norm, *options_of, group.side, weight_scale)
                     else:
                         basis_scale = group.basis_scales[i] if group.basis_scales else None
-                        kernel(param, grad, group.bases[i], None, basis_scale, state, own, group.side, group.scale)
+                        projection = (state, own, group.side, group.scale, weight_scale)
+                        kernel(param, grad, group.bases[i], None, basis_scale, *projection)
 
         return run
 

@@ -30,6 +30,20 @@ def test_state_bytes_of_llama_60m_by_hand() -> None:
     assert counted["AdamW, bf16 moments"] == 4 * parameters
 
 
+def test_bytes_of_int8_weights_of_llama_60m_by_hand() -> None:
+    pytest.importorskip("transformers", reason="pretrain extra")
+    import state_bytes
+
+    hidden, middle, layers, words = 512, 1376, 8, 32_000
+    codes = 4 * hidden**2 + 3 * hidden * middle
+    # A scale for each 256 of a row: 2 of 512, and 6 of 1376 elements.
+    scales = 2 * (4 * hidden + 2 * middle) + 6 * hidden
+    rest = 2 * (2 * words * hidden + (2 * layers + 1) * hidden)
+    for found in state_bytes.q_apollos("60m"):
+        assert found.weights == layers * (codes + 4 * scales) + rest
+        assert found.gradients == 2 * words * hidden  # the largest: the embedding's, or the head's
+
+
 def test_the_overhead_of_a_step_is_less_in_groups() -> None:
     import step_overhead
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdamW, galore_param_groups, prepare, unprepare
-from galore_kernels.nn import FactoredLinear, lowrank_gradient
+from galore_kernels.nn import FactoredLinear, LowRankGradient, lowrank_gradient
 from galore_kernels.quantizers import dequantize_basis
 from galore_kernels.subspace import factors
 
@@ -43,8 +43,13 @@ def rounded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def gradient_of(layer: FactoredLinear) -> LowRankGradient:
+    assert isinstance(layer.gradient, LowRankGradient)
+    return layer.gradient
+
+
 def basis_of(layer: FactoredLinear) -> Tensor:
-    gradient = layer.gradient
+    gradient = gradient_of(layer)
     assert gradient.basis is not None
     if gradient.basis_scale is None:
         return gradient.basis
@@ -61,8 +66,8 @@ def begin(layer: FactoredLinear, optimizer: GaLoreFusedAdamW, dtype: torch.dtype
 def assert_is_lowrank(layer: FactoredLinear, inputs: Tensor, grad_output: Tensor) -> None:
     """Fails unless the carrier's gradient is G @ P, or G.T @ P, up to the rounding of products in the inputs' dtype."""
     x, dy, p = (t.detach().double() for t in (inputs.reshape(-1, N), grad_output.reshape(-1, M), basis_of(layer)))
-    exact = dy.T @ x @ p if layer.gradient.side == "right" else x.T @ dy @ p
-    absolute = dy.abs().T @ x.abs() @ p.abs() if layer.gradient.side == "right" else x.abs().T @ dy.abs() @ p.abs()
+    exact = dy.T @ x @ p if gradient_of(layer).side == "right" else x.T @ dy @ p
+    absolute = dy.abs().T @ x.abs() @ p.abs() if gradient_of(layer).side == "right" else x.abs().T @ dy.abs() @ p.abs()
     # A basis of codes is scaled after the product; both products are rounded to the dtype, as the basis and R are.
     bound = ((len(x) + M + N) * U32 + 5 * torch.finfo(inputs.dtype).eps) * absolute
     grad = layer.lowrank.grad
@@ -133,7 +138,7 @@ def test_an_empty_batch_has_a_gradient_of_zeros(side: str) -> None:
         assert not bool(layer.lowrank.grad.any())
         optimizer.zero_grad()
         if not step:
-            assert layer.gradient.basis is None  # it is found where there are tokens
+            assert gradient_of(layer).basis is None  # it is found where there are tokens
             begin(layer, optimizer)
 
 
@@ -150,7 +155,7 @@ def test_what_is_not_finite_reaches_the_gradient(begun: bool, side: str, where: 
     layer(inputs).backward(dy)
     assert layer.lowrank.grad is not None
     assert not bool(layer.lowrank.grad.isfinite().all())
-    assert (layer.gradient.basis is not None) == begun
+    assert (gradient_of(layer).basis is not None) == begun
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,10 +190,10 @@ def test_the_right_side_keeps_the_projected_inputs_alone(side: str) -> None:
         kept = (7, 5) if side == "right" and step % 3 else (7, N)
         assert sorted(shapes) == sorted([(), kept, (M, N)])  # the first tells compiled layers apart
         output.square().sum().backward()
-        assert len(layer.gradient.factors) == (step in (3, 6))
+        assert len(gradient_of(layer).factors) == (step in (3, 6))
         optimizer.step()
         optimizer.zero_grad()
-        assert not layer.gradient.factors
+        assert not gradient_of(layer).factors
 
 
 class Allocated(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from factored_cases import Run, carriers, largest_difference
-from factored_process import OPTIONS, WORLD, train
+from factored_process import OPTIONS, WORLD, dense_int8, train
 
 from galore_kernels import GaLoreFusedAdam8bit
 
@@ -47,6 +47,17 @@ def test_two_processes_train_as_one_with_both_shares(results: list[dict[str, Any
     # What differs is noticed: one process' share alone.
     run = Run(True, GaLoreFusedAdam8bit, options=OPTIONS[name])
     assert largest_difference(train(run.model, run, 0, int(micro_batches)), first) > 1e-3
+
+
+def test_processes_average_the_gradients_of_int8_weights(results: list[dict[str, Any]]) -> None:
+    (first, weights), (second, others) = (own["dense int8"] for own in results)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(others[name], weight), name
+    alone, _ = dense_int8(None)
+    # A code may be rounded another way where the mean of two gradients is not that of one to the last bit.
+    assert largest_difference([(a + b) / 2 for a, b in zip(first, second, strict=True)], alone) < 0.02
+    assert alone[-1] < alone[0] - 0.5
 
 
 def test_tokens_may_differ_and_layers_be_unused(results: list[dict[str, Any]]) -> None:

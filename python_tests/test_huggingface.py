@@ -340,6 +340,22 @@ def test_prepared_models(weights: str | None, tmp_path: Path) -> None:
         made(model, args, target_modules=TARGETS, rank=8)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_int8_weights_for_apollo(layerwise: bool, tmp_path: Path) -> None:
+    """The rank is the factory's, as of a model that was not prepared."""
+    model: Any = prepare(llama(), TARGETS, rank=None, weights="int8")
+    before = {name: value.clone() for name, value in plain_state_dict(model).items()}
+    args = arguments(tmp_path, weight_decay=0.1, max_grad_norm=0.5)
+    factory = trainer_optimizer(args, "APOLLOFusedAdam8bit", target_modules=TARGETS, rank=RANK, layerwise=layerwise)
+    trainer = trained(model, args, factory)
+    optimizer = trainer.optimizer.optimizer  # type: ignore[union-attr]
+    projected = [group for group in optimizer.param_groups if group["rank"] is not None]
+    assert [(group["rank"], group["weight_decay"], len(group["params"])) for group in projected] == [(RANK, 0.1, 14)]
+    assert not any(torch.equal(value, before[name]) for name, value in plain_state_dict(model).items())
+    model.save_pretrained(tmp_path / "saved", state_dict=plain_state_dict(model))
+    assert_same(type(model).from_pretrained(tmp_path / "saved").state_dict(), plain_state_dict(model))
+
+
 # ---------------------------------------------------------------------- the callback
 
 

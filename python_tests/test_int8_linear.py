@@ -23,7 +23,7 @@ from galore_kernels import (
     save_safetensors,
     unprepare,
 )
-from galore_kernels.nn import Int8Linear
+from galore_kernels.nn import Int8Linear, LowRankGradient
 from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.quantizers import GROUP_SIZE, dequantize_weight, quantize_weight
 
@@ -61,6 +61,7 @@ def test_a_layer_computes_with_the_weight_that_its_codes_stand_for(dtype: torch.
         assert torch.equal(x.grad, y.grad)
         assert plain.weight.grad is not None
         # R is the dense gradient, projected.
+        assert isinstance(layer.gradient, LowRankGradient)
         basis = optimizer.state[layer.lowrank]["basis"]
         oriented = plain.weight.grad if layer.gradient.side == "right" else plain.weight.grad.T
         rounding = 1e-5 if dtype == torch.float32 else 3e-2

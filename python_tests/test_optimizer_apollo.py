@@ -192,5 +192,7 @@ def test_another_projection_in_mid_training_is_refused(before: str, after: str) 
 
 def test_prepared_layers_are_refused() -> None:
     model = prepare(nn.Sequential(nn.Linear(40, 60)), target_modules="all-linear", rank=4)
-    with pytest.raises(ValueError, match="was prepared, and its full gradient is never there"):
+    with pytest.raises(
+        ValueError, match=r"with rank 4, and its full gradient is never .* prepare it with rank=None, weights=\"int8\""
+    ):
         APOLLOFusedAdamW(model.parameters(), rank=4)

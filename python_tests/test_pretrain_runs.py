@@ -85,6 +85,19 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(
     assert_equal_runs(tmp_path, "whole", "run")
 
 
+@pytest.mark.parametrize("updates", ["whole", "layerwise"])
+def test_int8_weights_under_apollo_are_resumed(text: Path, tmp_path: Path, updates: str) -> None:
+    options = ["--optimizer", "apollo_mini", "--weights", "int8", "--updates", updates, "--lr", "0.01"]
+    assert main(nano(text, tmp_path, "whole", *options)) == 0
+    folder = copy_run(tmp_path, tmp_path)
+    assert main(["--out", str(tmp_path), "--resume", str(folder), *EVERY]) == 0
+    assert_equal_runs(tmp_path, "whole", "run")
+    saved = checkpoint.load(tmp_path / "run" / f"checkpoint-{STEPS:08d}.pt")["model"]
+    assert saved["model.layers.0.mlp.up_proj.weight_codes"].dtype == torch.int8
+    losses = [line["loss"] for line in log_lines(tmp_path, "run", "train")]
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_the_loss_falls_and_the_optimizers_differ(text: Path, tmp_path: Path) -> None:
     losses = {}
     for optimizer in ("galore8bit", "galore", "galore_adafactor", "adamw"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from galore_kernels.compat.import_state import import_state_dict, is_own
@@ -35,6 +36,24 @@ class DropIn(LowRankOptimizer):
             super().load_state_dict(state_dict)
         else:
             import_state_dict(self, state_dict)
+
+
+#: The arguments of bitsandbytes' optimizers that are accepted for their names, with the one value that each may have.
+BITSANDBYTES_DEFAULTS = {
+    "amsgrad": False,
+    "optim_bits": 32,
+    "args": None,
+    "min_8bit_size": 4096,
+    "percentile_clipping": 100,
+    "block_wise": True,
+    "is_paged": False,
+}
+
+
+def expect_bitsandbytes_defaults(where: str, given: Mapping[str, object]) -> None:
+    """Raises ValueError unless ``given``, those arguments among others, are at their defaults."""
+    for argument, default in BITSANDBYTES_DEFAULTS.items():
+        expect_default(where, argument, given[argument], default)
 
 
 def expect_default(where: str, argument: str, value: object, default: object) -> None:

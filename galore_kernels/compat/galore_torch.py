@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_kernels.compat.drop_in import DropIn, expect_default
+from galore_kernels.compat.drop_in import DropIn, expect_bitsandbytes_defaults, expect_default
 from galore_kernels.optim import GaLoreFusedAdafactor, GaLoreFusedAdam8bit, GaLoreFusedAdamW
 
 __all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit"]
@@ -94,16 +94,7 @@ class GaLoreAdamW8bit(DropIn, GaLoreFusedAdam8bit):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        for argument, value, default in (
-            ("amsgrad", amsgrad, False),
-            ("optim_bits", optim_bits, 32),
-            ("args", args, None),
-            ("min_8bit_size", min_8bit_size, 4096),
-            ("percentile_clipping", percentile_clipping, 100),
-            ("block_wise", block_wise, True),
-            ("is_paged", is_paged, False),
-        ):
-            expect_default("GaLoreAdamW8bit(...)", argument, value, default)
+        expect_bitsandbytes_defaults("GaLoreAdamW8bit(...)", locals())
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=None, refresh_method=refresh_method, seed=seed, backend=backend
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -46,16 +47,16 @@ def is_own(state_dict: Mapping[str, Any]) -> bool:
 def import_state_dict(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Loads the state dict of another package's optimizer, so that its training goes on where it was.
 
-    Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, apollo_torch's ``APOLLOAdamW``,
-    bitsandbytes' ``AdamW8bit`` (and ``AdamW``), and ``torch.optim.AdamW``; for a ``GaLoreFusedAdafactor`` those of
-    galore_torch's ``GaLoreAdafactor`` and transformers' ``Adafactor``. Projectors may be the packages' objects, as
-    ``state_dict()`` holds them (of a file, ``torch.load(path, weights_only=False)`` gives them where the package is
-    installed), or dicts of their attributes. Moments are decoded, turned to long-major and, where the optimizer's are
-    8-bit, encoded; those in bitsandbytes' format that need no turning keep their codes. A second moment of theirs that
-    was rounded to zero becomes the smallest positive one. Random bases are drawn anew: to APOLLO the import is one more
-    refresh, which leaves the moments as its own do. The next refresh is at the step at which theirs would be, but for
-    staggered and adaptive schedules, which begin anew; ``subspace_report`` counts refreshes from here on, and knows no
-    captured energy before the next.
+    Understood are those of galore_torch's ``GaLoreAdamW`` and ``GaLoreAdamW8bit``, apollo_torch's ``APOLLOAdamW`` and
+    ``QAPOLLOAdamW``, bitsandbytes' ``AdamW8bit`` (and ``AdamW``), and ``torch.optim.AdamW``; for a
+    ``GaLoreFusedAdafactor`` those of galore_torch's ``GaLoreAdafactor`` and transformers' ``Adafactor``. Projectors may
+    be the packages' objects, as ``state_dict()`` holds them (of a file, ``torch.load(path, weights_only=False)`` gives
+    them where the package is installed), or dicts of their attributes. Moments are decoded, turned to long-major and,
+    where the optimizer's are 8-bit, encoded; those in bitsandbytes' format that need no turning keep their codes. A
+    second moment of theirs that was rounded to zero becomes the smallest positive one. Random bases are drawn anew: to
+    APOLLO the import is one more refresh, which leaves the moments as its own do. The next refresh is at the step at
+    which theirs would be, but for staggered and adaptive schedules, which begin anew; ``subspace_report`` counts
+    refreshes from here on, and knows no captured energy before the next.
 
     The options of a group that both packages have (``lr``, ``betas``, ``eps``, ``weight_decay``, ``update_proj_gap``,
     ``scale``, a scheduler's ``initial_lr``) become the state dict's, as with any ``load_state_dict``; others stay.
@@ -292,6 +293,9 @@ def _bases(projector: Mapping[str, Any], update: Update) -> dict[str, Tensor]:
 def _norm(state: Mapping[str, Any], update: Update) -> Tensor:
     """That of APOLLO's last scaled gradient; 0 where its limiter was off."""
     norm = _tensor(state, "scaled_grad", update, ()).float() if "scaled_grad" in state else torch.zeros(())
+    if "state1" in state:  # QAPOLLOAdamW's, which is taken after bias correction
+        (beta1, beta2), step = update.group["betas"], _step(state, update.name)
+        norm = norm * ((1 - beta1**step) / math.sqrt(1 - beta2**step))
     if not 0 <= float(norm) < float("inf"):
         raise ValueError(f"{update.name}: scaled_grad of the state is {float(norm)}, expected a norm; it is damaged")
     return norm

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from galore_kernels import optim
-from galore_kernels.nn import FactoredLinear, TargetModules
+from galore_kernels.nn import TargetModules, lowrank_gradient_of
 from galore_kernels.optim import LayerwiseOptimizer, galore_param_groups
 
 
@@ -100,7 +100,7 @@ class TrainerOptimizerFactory:
         chosen = _options(args, optimizer, options)
         weight_decay = chosen.pop("weight_decay", 0.0)
         ranks = {key: chosen.pop(key) for key in ("rank", "rank_budget") if key in chosen}
-        if not any(isinstance(layer, FactoredLinear) for layer in model.modules()):  # which have ranks of their own
+        if not any(lowrank_gradient_of(param) for param in model.parameters()):  # whose ranks are their own
             ranks.setdefault("rank", _parameters(optimizer)["rank"].default)
         groups = galore_param_groups(model, _targets(args, target_modules), **ranks)
         _refuse_flattened(groups)

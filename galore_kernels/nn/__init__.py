@@ -1,5 +1,6 @@
 """Linear layers for low-rank training."""
 
+from galore_kernels.nn.carried_gradient import CarriedGradient, DenseGradient, carried_gradient_of
 from galore_kernels.nn.export import plain_state_dict, save_safetensors
 from galore_kernels.nn.factored_linear import FactoredLinear, Int8Linear, WeightCodes
 from galore_kernels.nn.lowrank_gradient import LowRankGradient, Pairs, lowrank_gradient_of
@@ -8,12 +9,15 @@ from galore_kernels.nn.targets import ALL_LINEAR, TargetModules, nothing_matches
 
 __all__ = [
     "ALL_LINEAR",
+    "CarriedGradient",
+    "DenseGradient",
     "FactoredLinear",
     "Int8Linear",
     "LowRankGradient",
     "Pairs",
     "TargetModules",
     "WeightCodes",
+    "carried_gradient_of",
     "lowrank_gradient_of",
     "nothing_matches",
     "plain_state_dict",

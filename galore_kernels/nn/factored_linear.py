@@ -1,24 +1,22 @@
-"""``FactoredLinear``: a linear layer whose weight's gradient is computed in a subspace, from its factors."""
+"""``FactoredLinear``: a linear layer whose weight's gradient is another parameter's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from galore_kernels.nn.carried_gradient import CarriedGradient
 from galore_kernels.nn.lowrank_gradient import LowRankGradient
 from galore_kernels.nn.targets import stored_scale, stored_weight
 from galore_kernels.quantizers import dequantize_weight, quantize_weight
 
-#: The name of the carrier among the layer's parameters; see ``LowRankGradient``.
-CARRIER = "lowrank"
-
 
 class _Linear(torch.autograd.Function):
-    """Y = X @ W.T + b, whose backward pass gives the carrier R instead of giving W a gradient."""
+    """Y = X @ W.T + b, whose backward pass gives the carrier R, or all of G, instead of giving W a gradient."""
 
     @staticmethod
     def forward(
@@ -29,7 +27,7 @@ class _Linear(torch.autograd.Function):
         weight_scale: Tensor | None,
         bias: Tensor | None,
         carrier: Tensor,
-        key: Tensor,
+        key: Tensor | None,
         is_projected: bool,
     ) -> Tensor:
         ctx.save_for_backward(saved, weight, weight_scale, key)
@@ -45,21 +43,23 @@ class _Linear(torch.autograd.Function):
         saved, weight, weight_scale, key = ctx.saved_tensors
         needs_inputs, _, _, _, needs_bias, needs_carrier, _, _ = ctx.needs_input_grad
         grad_inputs = grad_bias = grad_carrier = None
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        if needs_carrier:
+        rows, saved = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, saved))
+        if needs_bias:
+            grad_bias = rows.sum(0)
+        if needs_inputs:
+            grad_inputs = grad_output @ _dense(weight, weight_scale, grad_output.dtype)
+        if needs_carrier and key is None:
+            grad_carrier = (rows.T @ saved).to(ctx.carrier_dtype)
+        elif needs_carrier:
             grad_carrier = torch.ops.galore_kernels_nn.lowrank_gradient(
                 rows,
-                saved.reshape(-1, saved.shape[-1]),
+                saved,
                 key,
                 list(ctx.carrier_shape),
                 ctx.carrier_dtype,
                 ctx.is_projected,
                 torch.compiler.is_compiling(),
             )
-        if needs_bias:
-            grad_bias = rows.sum(0)
-        if needs_inputs:
-            grad_inputs = grad_output @ _dense(weight, weight_scale, grad_output.dtype)
         return grad_inputs, None, None, None, grad_bias, grad_carrier, None, None
 
 
@@ -79,17 +79,23 @@ class FactoredLinear(nn.Linear):
     the plain layer's.
 
     Attributes:
-        gradient: the basis, and what a refresh needs.
+        gradient: what knows the weight and the parameter that has its gradient; the basis, and what a refresh needs.
     """
 
-    gradient: LowRankGradient
+    gradient: CarriedGradient
     lowrank: nn.Parameter
+
+    @property
+    def carrier(self) -> nn.Parameter:
+        """The parameter that has the gradient."""
+        carrier: nn.Parameter = getattr(self, self.gradient.name)
+        return carrier
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """As ``nn.Linear``'s."""
         weight, weight_scale = stored_weight(self), stored_scale(self)
         # Autograd would keep what an int8 weight is dequantized to.
-        if not torch.is_grad_enabled() or (weight_scale is None and not self.lowrank.requires_grad):
+        if not torch.is_grad_enabled() or (weight_scale is None and not self.carrier.requires_grad):
             return super().forward(input)
         rows, gradient = input, self.gradient
         if _is_autocast(input):
@@ -97,12 +103,12 @@ class FactoredLinear(nn.Linear):
         # A compiled graph would be another for each set of layers that keep their inputs: it may not even ask.
         projects = not torch.compiler.is_compiling() and gradient.projects
         with torch.no_grad():
-            saved = gradient.projected(rows) if projects else rows.detach()
-        return _Linear.apply(rows, saved, weight, weight_scale, self.bias, self.lowrank, gradient.key, projects)
+            saved = cast(LowRankGradient, gradient).projected(rows) if projects else rows.detach()
+        return _Linear.apply(rows, saved, weight, weight_scale, self.bias, self.carrier, gradient.key, projects)
 
     def extra_repr(self) -> str:
-        """Also side and rank."""
-        return f"{super().extra_repr()}, side={self.gradient.side}, rank={self.gradient.rank}"
+        """Also what the gradient is."""
+        return f"{super().extra_repr()}, {self.gradient}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -110,15 +116,16 @@ class FactoredLinear(nn.Linear):
             self.gradient.bind(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
-        carrier = self.lowrank
+        carrier = self.carrier
         super()._apply(fn, recurse)
-        if self.lowrank is not carrier:  # from the meta device parameters move as new ones
+        if self.carrier is not carrier:  # from the meta device parameters move as new ones
             self.gradient.bind(self)
+        self.gradient.moved()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + CARRIER]
+        del destination[prefix + self.gradient.name]
 
     def _load_from_state_dict(
         self,
@@ -133,10 +140,10 @@ class FactoredLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        missing_keys[:] = [key for key in missing_keys if key != prefix + CARRIER]
+        missing_keys[:] = [key for key in missing_keys if key != prefix + self.gradient.name]
         device = stored_weight(self).device
-        if self.lowrank.device != device:  # with assign=True
-            self.lowrank = nn.Parameter(torch.zeros_like(self.lowrank, device=device))
+        if self.carrier.device != device:  # with assign=True
+            setattr(self, self.gradient.name, nn.Parameter(torch.zeros_like(self.carrier, device=device)))
             self.gradient.bind(self)
 
 
@@ -146,6 +153,9 @@ class WeightCodes(nn.Parameter):
 
 class Int8Linear(FactoredLinear):
     """A ``FactoredLinear`` whose weight is kept in int8, with a scale for each group of 256 elements of a row.
+
+    Prepared with ``rank=None`` it has the parameter ``dense`` (m, n) instead of ``lowrank``: its gradient is that of a
+    plain layer's weight, its value none, and it takes no memory but the gradient's.
 
     The weight is dequantized in the forward pass and again in the backward pass, and not kept in between. In
     ``state_dict`` it is ``weight_codes`` and ``weight_scale`` instead of ``weight``; a ``weight`` is quantized when it
@@ -158,11 +168,12 @@ class Int8Linear(FactoredLinear):
 
     weight_codes: WeightCodes
     weight_scale: nn.Parameter
+    dense: nn.Parameter
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight in the model's dtype: a copy, made anew each time."""
-        return dequantize_weight(self.weight_codes, self.weight_scale, self.lowrank.dtype)
+        return dequantize_weight(self.weight_codes, self.weight_scale, self.carrier.dtype)
 
     def quantize(self, weight: Tensor) -> None:
         """Makes ``weight`` (m, n) the layer's, rounded to nearest."""

@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from galore_kernels.nn.targets import stored_scale, stored_weight
+from galore_kernels.nn.carried_gradient import CarriedGradient, carried_gradient_of
 from galore_kernels.subspace import project_rows
 
 #: dY (T, m) and X (T, n) of each of several backward passes.
@@ -27,12 +26,10 @@ class Owner(Protocol):
         """Gives ``gradient`` the first basis, found in ``factors``, unless they hold no directions."""
 
 
-class LowRankGradient:
-    """What a weight that never has a gradient of its own shape has instead. Tied layers share one.
+class LowRankGradient(CarriedGradient):
+    """The gradient of a weight in a subspace: one of the weight's own shape never exists.
 
-    The small parameter ``carrier`` (L, r) belongs to the layer, has R as its ``.grad``, and no value of its own: its
-    memory is that of the gradient. So whatever is done to gradients (accumulation, clipping, unscaling, all-reducing)
-    is done to R.
+    The carrier (L, r) has R as its ``.grad``; its memory is that of the gradient.
 
     Attributes:
         side: "left" or "right". rank: r.
@@ -42,7 +39,11 @@ class LowRankGradient:
         projects: whether forward passes keep X @ P instead of X. It changes between steps only: a forward pass that is
             done again for the backward pass has to keep what it kept before.
         key: what the operation in a compiled graph finds it by: a tensor, so that equal layers share a graph.
+        owner: the optimizer.
     """
+
+    name = "lowrank"
+    key: Tensor
 
     def __init__(self, layer: nn.Linear, side: str, rank: int) -> None:
         self.side, self.rank = side, rank
@@ -52,59 +53,25 @@ class LowRankGradient:
         self.factors: Pairs = []
         self.projects = False
         self.owner: weakref.ref[Owner] | None = None
-        self.bind(layer)
+        super().__init__(layer)
+
+    def __str__(self) -> str:
+        return f"side={self.side}, rank={self.rank}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no optimizer yet, which gives it a basis, and its layer binds it.
-        gone = dict.fromkeys(("owner", "key", "_layer", "_written", "basis", "basis_scale"))
-        return {**self.__dict__, **gone, "factors": [], "keeps_factors": False, "projects": False}
+        # A copy has no optimizer yet, which gives it a basis.
+        gone = dict.fromkeys(("owner", "key", "basis", "basis_scale"))
+        return {**super().__getstate__(), **gone, "factors": [], "keeps_factors": False, "projects": False}
 
     def bind(self, layer: nn.Linear) -> None:
-        """Takes ``layer``, which holds weight and carrier, for its own."""
-        self._layer = weakref.ref(layer)
-        self._written: int | None = None
+        """Also lets the operation find it."""
         self._is_accumulated = False
         _by_key[id(self)] = self
         self.key = torch.tensor(id(self))
-        _by_carrier[self.carrier] = weakref.ref(self)
-        self.carrier.register_post_accumulate_grad_hook(self._after_backward)
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether it has a layer."""
-        return self._layer is not None
-
-    @property
-    def layer(self) -> Any:
-        """The linear layer, or one of several with this weight."""
-        layer = self._layer()
-        if layer is None:
-            raise RuntimeError("the layer of a low-rank gradient is gone; keep the model while its optimizer steps")
-        return layer
-
-    @property
-    def carrier(self) -> nn.Parameter:
-        """The parameter whose gradient is R."""
-        carrier: nn.Parameter = self.layer.lowrank
-        return carrier
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight (m, n), or its int8 codes."""
-        return stored_weight(self.layer)
-
-    @property
-    def weight_scale(self) -> Tensor | None:
-        """The scales of int8 codes (m, ceil(n / 256)), or None."""
-        return stored_scale(self.layer)
+        super().bind(layer)
 
     def _after_backward(self, carrier: Tensor) -> None:
-        if self._written is not None and carrier._version != self._written:
-            raise RuntimeError(
-                f"a low-rank gradient of shape {tuple(carrier.shape)}: something has written to the parameter that "
-                "carries it, which has no value: give the prepared model to a galore_kernels optimizer and to no other"
-            )
-        self._written = carrier._version
+        super()._after_backward(carrier)
         self._is_accumulated = True
         if carrier.grad is not None:
             carrier.data = carrier.grad
@@ -168,15 +135,12 @@ class LowRankGradient:
 
 
 _by_key: weakref.WeakValueDictionary[int, LowRankGradient] = weakref.WeakValueDictionary()
-_by_carrier: Any = WeakTensorKeyDictionary()
 
 
 def lowrank_gradient_of(param: Tensor) -> LowRankGradient | None:
-    """What ``param`` carries the gradient of, if it is such a carrier."""
-    if not _by_carrier.data:  # nothing is prepared
-        return None
-    reference = _by_carrier.get(param)
-    return None if reference is None else reference()
+    """What ``param`` carries the low-rank gradient of, if it is such a carrier."""
+    carried = carried_gradient_of(param)
+    return carried if isinstance(carried, LowRankGradient) else None
 
 
 # Opaque to compilers: what it keeps, and the first search, are no part of a graph.

@@ -7,7 +7,8 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from galore_kernels.nn.factored_linear import CARRIER, FactoredLinear, Int8Linear
+from galore_kernels.nn.carried_gradient import DenseGradient, hollow
+from galore_kernels.nn.factored_linear import FactoredLinear, Int8Linear
 from galore_kernels.nn.lowrank_gradient import LowRankGradient
 from galore_kernels.nn.targets import TargetModules, nothing_matches, target_linears
 from galore_kernels.ops.projection import long_short
@@ -21,12 +22,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def prepare(
     model: Model,
     target_modules: TargetModules = ("attn", "mlp"),
-    rank: int = 128,
+    rank: int | None = 128,
     *,
     proj_type: str = "std",
     weights: str | None = None,
 ) -> Model:
-    """Gives a model's linear layers factored gradients: no (m, n) gradient of theirs ever exists.
+    """Gives a model's linear layers factored gradients, of which none of size (m, n) ever exists; or int8 weights.
 
     The gradient of a linear layer's weight is G = dY.T @ X. Projected it is R = dY.T @ (X @ P), which takes
     T r (m + n) multiplications instead of T m n, and (L, r) numbers instead of m n. A prepared layer's backward pass
@@ -51,6 +52,14 @@ def prepare(
     The optimizer updates the codes, rounding stochastically; the forward and the backward pass dequantize one layer's
     at a time. See ``galore_kernels.nn.Int8Linear`` for their ``state_dict``, ``plain_state_dict`` for a plain model's.
 
+    With ``weights="int8"`` and ``rank=None`` the layers have int8 weights and gradients of full size, (m, n), as the
+    gradients of a small-memory parameter, ``dense``: for APOLLO's optimizers, which scale the whole gradient, or for
+    GaLore's to project as they do without ``prepare``. ``LayerwiseOptimizer`` keeps one such gradient at a time. The
+    optimizer's group says rank and ``proj_type``; all else is as for parameters that are not prepared.
+
+        model = prepare(model, target_modules=["attn", "mlp"], rank=None, weights="int8")
+        optimizer = LayerwiseOptimizer(APOLLOFusedAdam8bit(galore_param_groups(model, rank=256), lr=1e-2))
+
     Where ``torch.distributed`` has several processes, they find each basis together, in the mean of their gradients,
     as DDP's averaging of R asks for: each has to use all prepared layers in its first backward pass, in one order.
     Its exchange is that of one gradient of full size for each refresh of a layer, for the gradient's norm.
@@ -61,7 +70,8 @@ def prepare(
     Args:
         model: whose ``nn.Linear`` layers are looked through.
         target_modules: as of ``galore_param_groups``.
-        rank: r >= 1, at most min(m, n) of each layer (larger ones are clamped).
+        rank: r >= 1, at most min(m, n) of each layer (larger ones are clamped); None, with int8 weights, for gradients
+            of full size.
         proj_type: "std" projects the smaller dimension, "reverse_std" the larger, "left" rows, "right" columns.
         weights: None keeps them as they are; "int8".
 
@@ -73,7 +83,16 @@ def prepare(
             than ``nn.Linear`` (PEFT wraps such), one that is prepared already, one whose weight is also another
             module's. Names the layer; nothing has changed.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if rank is None and weights is None:
+        raise ValueError(
+            'rank=None with weights=None: expected weights="int8", for plain layers have full gradients as they are; '
+            "pass that, or a rank"
+        )
+    if rank is None and proj_type != "std":
+        raise ValueError(
+            f"proj_type={proj_type!r} with rank=None: nothing is projected here; give it to the optimizer's groups"
+        )
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r}: expected an integer >= 1; 128 is GaLore's default")
     if proj_type == "full":
         raise ValueError('proj_type="full": expected one side for factored gradients; choose "std", "left" or "right"')
@@ -99,21 +118,26 @@ def prepare(
         factored = cast(FactoredLinear, layer)
         first = prepared.setdefault(id(weight), factored)
         if first is not factored:
-            factored.lowrank, factored.gradient = first.lowrank, first.gradient
+            factored.gradient = first.gradient
+            setattr(factored, first.gradient.name, first.carrier)
             if isinstance(first, Int8Linear):
                 del layer.weight
                 factored.weight_codes, factored.weight_scale = first.weight_codes, first.weight_scale
             continue
-        side, own_rank = sides[name], min(rank, *weight.shape)
-        long, _ = long_short(tuple(weight.shape), side)
-        factored.lowrank = nn.Parameter(torch.zeros((long, own_rank), dtype=weight.dtype, device=weight.device))
         if isinstance(factored, Int8Linear):
             del factored.weight
             factored.quantize(weight.detach())
         else:
             weight.requires_grad_(False)
             weight.grad = None
-        factored.gradient = LowRankGradient(factored, side, own_rank)
+        if rank is None:
+            cast(Int8Linear, factored).dense = nn.Parameter(hollow(weight, weight.shape))
+            factored.gradient = DenseGradient(factored)
+        else:
+            side, own_rank = sides[name], min(rank, *weight.shape)
+            long, _ = long_short(tuple(weight.shape), side)
+            factored.lowrank = nn.Parameter(torch.zeros((long, own_rank), dtype=weight.dtype, device=weight.device))
+            factored.gradient = LowRankGradient(factored, side, own_rank)
     return model
 
 
@@ -130,8 +154,8 @@ def unprepare(model: Model) -> Model:
             own = nn.Parameter(layer.weight) if isinstance(layer, Int8Linear) else layer.weight
             weights[key] = cast(nn.Parameter, own)
             weights[key].requires_grad_(True)
-        layer.gradient.owner = None
-        delattr(layer, CARRIER)
+        layer.gradient.unbind()
+        delattr(layer, layer.gradient.name)
         if isinstance(layer, Int8Linear):
             del layer.weight_codes, layer.weight_scale
         del layer.gradient

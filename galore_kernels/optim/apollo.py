@@ -69,7 +69,9 @@ class APOLLOFusedAdamW(_ApolloAdam):
 
     APOLLO-Mini is ``rank=1, scale_type="tensor", scale=128``: one factor for a matrix, and the state of plain SGD.
 
-    Prepared layers (``galore_kernels.prepare``) are refused: what is scaled is the full gradient.
+    Layers that were prepared with a rank (``galore_kernels.prepare``) are refused: what is scaled is the full gradient.
+    Those prepared with ``rank=None, weights="int8"`` have one: their codes are updated, rounded stochastically by
+    ``seed`` (Q-APOLLO).
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``GaLoreFusedAdam8bit``.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from galore_kernels.nn import WeightCodes, lowrank_gradient_of
+from galore_kernels.nn import LowRankGradient, WeightCodes, carried_gradient_of
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
-from galore_kernels.optim.factored import check_factored
+from galore_kernels.optim.factored import check_dense, check_factored
 from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
@@ -82,14 +82,17 @@ class LowRankOptimizer(OneByOne):
             check_budget({**self.defaults, **group, "params": params}, self._layout)
         for param in group["params"]:
             tensor = param[1] if isinstance(param, tuple) else param
-            gradient = lowrank_gradient_of(tensor)
-            if gradient is not None:
+            gradient, complete = carried_gradient_of(tensor), {**self.defaults, **group, "params": [tensor]}
+            if isinstance(gradient, LowRankGradient):
                 if not self.rule.takes_lowrank:
                     raise ValueError(
-                        f"{where}: a layer of shape {tuple(gradient.weight.shape)} was prepared, and its full gradient "
-                        f"is never there, which {type(self).__name__} scales; unprepare the model"
+                        f"{where}: a layer of shape {tuple(gradient.weight.shape)} was prepared with rank "
+                        f"{gradient.rank}, and its full gradient is never there, which {type(self).__name__} scales; "
+                        'unprepare the model, or prepare it with rank=None, weights="int8"'
                     )
-                check_factored(gradient, {**self.defaults, **group}, where)
+                check_factored(gradient, complete, where)
+            elif gradient is not None:
+                check_dense(tensor, self._layout(tensor, complete), complete, where)
         super().add_param_group(group)
         if self._is_made:
             self._adopt()

@@ -18,6 +18,7 @@ from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.options import AUTO
 from galore_kernels.optim.processes import factors_of
 from galore_kernels.optim.refresh import Found, changes, due_at, find_bases, take_over
+from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
 from galore_kernels.subspace import projection_side
 
@@ -46,14 +47,23 @@ def check_factored(factored: LowRankGradient, group: Mapping[str, Any], where: s
         )
 
 
+def check_dense(carrier: Tensor, layout: Layout, group: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError unless an int8 weight with a gradient of full size is projected in its group."""
+    if layout.rank is None:
+        raise ValueError(
+            f"rank={group['rank']!r} in {where}: a layer of shape {tuple(carrier.shape)} has int8 weights, "
+            "which no full-rank update takes; give it a group with a rank, as galore_param_groups(model, rank=...) does"
+        )
+
+
 def check_owner(gradients: Iterable[LowRankGradient], optimizer: object) -> None:
     """Raises RuntimeError unless the layers take their low-rank gradients in the bases of ``optimizer``."""
     for gradient in gradients:
         if gradient.owner is None or gradient.owner() is not optimizer:
             raise RuntimeError(
                 f"a layer of shape {tuple(gradient.weight.shape)} that was prepared has another optimizer now, made "
-                "later, in whose basis its gradient is, or is unprepared; step with the optimizer that was made last, "
-                "or load this one's state_dict into itself to return to it"
+                "later, in whose basis its gradient is; step with the optimizer that was made last, or load this one's "
+                "state_dict into itself to return to it"
             )
 
 

@@ -85,7 +85,7 @@ def observe(
     Learning rates and the gradients' addresses, which are new in every step, are left out: ``options_of`` is
     ``observed_options``. Equal to nothing, not to
     itself either, if an option is a tensor, which may change in place. ``grads``: of all parameters. ``weights``: those
-    whose low-rank gradients parameters carry. ``carriers``: ids of these, which lie where their gradients do.
+    whose gradients parameters carry. ``carriers``: ids of those that lie where their gradients do.
     """
     options: list[Any] = []
     for group in groups:

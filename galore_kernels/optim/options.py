@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from galore_kernels.nn import carried_gradient_of
 from galore_kernels.ops.adam import WEIGHT_DTYPES, overlaps
 from galore_kernels.quantizers import BASIS_FORMATS
 from galore_kernels.subspace import (
@@ -181,7 +182,7 @@ def check_param(param: object, name: str) -> None:
         )
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{name}: expected a leaf tensor, got a result of {param.grad_fn}; pass the parameter itself")
-    if overlaps(param):
+    if overlaps(param) and carried_gradient_of(param) is None:  # those have no elements
         raise ValueError(f"{name}: expected elements of its own, got an overlapping or expanded tensor; clone it")
 
 

@@ -6,7 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from galore_kernels.nn import FactoredLinear, TargetModules, nothing_matches, stored_weight, target_linears
+from galore_kernels.nn import (
+    FactoredLinear,
+    LowRankGradient,
+    TargetModules,
+    nothing_matches,
+    stored_weight,
+    target_linears,
+)
 
 
 def galore_param_groups(
@@ -30,16 +37,18 @@ def galore_param_groups(
         ValueError: nothing matches; the message lists the linear layers there are.
     """
     chosen = list(target_linears(model, target_modules).values())
-    prepared = {id(layer.lowrank): layer for layer in model.modules() if isinstance(layer, FactoredLinear)}
+    prepared = {id(layer.carrier): layer.gradient for layer in model.modules() if isinstance(layer, FactoredLinear)}
     targets = {id(stored_weight(layer)) for layer in chosen}
     factored: dict[int, list[tuple[str, Tensor]]] = {}
     projected: list[tuple[str, Tensor]] = []
     rest: list[tuple[str, Tensor]] = []
     for name, param in model.named_parameters():
-        if id(param) in prepared:
-            factored.setdefault(prepared[id(param)].gradient.rank, []).append((name, param))
+        gradient = prepared.get(id(param))
+        if isinstance(gradient, LowRankGradient):
+            factored.setdefault(gradient.rank, []).append((name, param))
         elif param.requires_grad:
-            (projected if id(param) in targets else rest).append((name, param))
+            is_projected = gradient is not None or id(param) in targets
+            (projected if is_projected else rest).append((name, param))
     if not projected and not factored:
         raise nothing_matches(model, target_modules)
     groups: list[dict[str, Any]] = [

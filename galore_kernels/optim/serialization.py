@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_kernels.nn.factored_linear import CARRIER
+from galore_kernels.nn import DenseGradient, LowRankGradient
 from galore_kernels.optim.checksum import state_checksum
 from galore_kernels.optim.options import STRUCTURAL, check_group
 from galore_kernels.optim.rules import Rule
@@ -154,4 +154,4 @@ def _bare(name: str) -> str:
     One that carries a prepared layer's gradient has its weight's name: the state is the same.
     """
     layer, _, own = name.replace("_orig_mod.", "").removeprefix("module.").rpartition(".")
-    return f"{layer}.{'weight' if own == CARRIER else own}"
+    return f"{layer}.{'weight' if own in (LowRankGradient.name, DenseGradient.name) else own}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from galore_kernels import ops
-from galore_kernels.nn import LowRankGradient, Pairs, lowrank_gradient_of
+from galore_kernels.nn import LowRankGradient, Pairs, carried_gradient_of
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
 from galore_kernels.optim.multi_tensor import Plan
@@ -189,7 +189,8 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _adopt(self) -> None:
         """Makes this the optimizer of the prepared layers whose gradients it is given."""
         params = [param for group in self.param_groups for param in group["params"]]
-        self._prepared = [gradient for param in params if (gradient := lowrank_gradient_of(param)) is not None]
+        self._carried = [gradient for param in params if (gradient := carried_gradient_of(param)) is not None]
+        self._prepared = [gradient for gradient in self._carried if isinstance(gradient, LowRankGradient)]
         self._everything = {}
         for gradient in self._prepared:
             gradient.owner = weakref.ref(self)
@@ -246,7 +247,7 @@ class SteppingOptimizer(UpdatingOptimizer):
         return Plan(updates, self.state, backends, options, self._counters, capturing=capture)
 
     def _observe(self, grads: list[Tensor | None]) -> object:
-        weights = [gradient.weight for gradient in self._prepared]
+        weights = [gradient.weight for gradient in self._carried]
         carriers = {id(gradient.carrier) for gradient in self._prepared}
         return multi_tensor.observe(self._observed, self.param_groups, self.state, grads, weights, carriers)
 
@@ -268,8 +269,8 @@ class SteppingOptimizer(UpdatingOptimizer):
     def listed(self) -> list[Update]:
         """All parameters, unchecked."""
         everything = [(*entry, self._layout(*entry[2:])) for entry in self._named_params()]
-        gradients = {id(gradient.carrier): gradient for gradient in self._prepared}
-        stored = {id(gradient.weight) for gradient in self._prepared}  # which others carry the gradients of
+        gradients = {id(gradient.carrier): gradient for gradient in self._carried}
+        stored = {id(gradient.weight) for gradient in self._carried}  # which others carry the gradients of
         projected = [
             (index, (gradients[id(param)].weight if id(param) in gradients else param).numel())
             for index, _, param, _, layout in everything

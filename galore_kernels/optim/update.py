@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from galore_kernels.nn import LowRankGradient
+from galore_kernels.nn import CarriedGradient, LowRankGradient
 from galore_kernels.optim.state import Layout
 
 
@@ -25,7 +25,7 @@ class Update:
         name: for messages.
         layout: of the state.
         phase: in [0, 1), its place among the projected parameters: see ``galore_kernels.subspace.Schedule``.
-        factored: if the parameter carries the low-rank gradient of another tensor, what knows both, else None.
+        carried: if the parameter carries the gradient of another tensor, what knows both, else None.
     """
 
     param: Tensor
@@ -34,17 +34,22 @@ class Update:
     name: str
     layout: Layout
     phase: float = 0.0
-    factored: LowRankGradient | None = None
+    carried: CarriedGradient | None = None
+
+    @property
+    def factored(self) -> LowRankGradient | None:
+        """If the parameter carries the low-rank gradient of another tensor, what knows both, else None."""
+        return self.carried if isinstance(self.carried, LowRankGradient) else None
 
     @property
     def weight(self) -> Tensor:
-        """The tensor that is updated: the parameter, or the one whose low-rank gradient it carries."""
-        return self.param if self.factored is None else self.factored.weight
+        """The tensor that is updated: the parameter, or the one whose gradient it carries."""
+        return self.param if self.carried is None else self.carried.weight
 
     @property
     def weight_scale(self) -> Tensor | None:
         """The scales of an int8 weight, else None."""
-        return None if self.factored is None else self.factored.weight_scale
+        return None if self.carried is None else self.carried.weight_scale
 
     @property
     def grad(self) -> Tensor:

@@ -164,8 +164,8 @@ class Backward:
         line, settings = self.timeline, self.settings
         dequantized = matrix.numel * settings.dtype.itemsize if settings.weights == "int8" else 0
         with line.during("dequantized weight", "activations", dequantized):
-            self._weight_gradient(matrix, projected=True)
             self._gradient_of(f"{name}, part", elements)
+        self._weight_gradient(matrix, projected=True)
         if self.updates is not None and settings.gradients == "factored":
             self.updates.refresh(matrix)
         line.free(*last_user_of, f"{matrix.name}.projected input")

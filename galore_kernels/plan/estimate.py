@@ -95,11 +95,6 @@ def estimate(settings: Settings, optimizer: str) -> Plan:
         if value not in memory.modes:
             able = [name for name, other in OPTIMIZERS.items() if value in other.modes]
             raise PlanError(f"{key}={value!r} with {optimizer}: expected one of {', '.join(able)}; choose another")
-    if settings.weights == "int8" and settings.gradients == "dense" and "factored" in memory.modes:
-        raise PlanError(
-            f"weights='int8' with {optimizer} and gradients='dense': expected gradients='factored', as "
-            "galore_kernels.prepare makes of both; add that"
-        )
     line = Timeline(moment="between steps")
     _Step(settings, memory, line).run()
     return Plan(settings, optimizer, memory.label, line.peak_parts, line.peak_moment, line.peak_tensors)

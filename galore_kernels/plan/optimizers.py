@@ -118,7 +118,7 @@ def _our_apollo(class_name: str, label: str, rank: int | None = None) -> Memory:
     def state(settings: Settings) -> tuple[int, int]:
         return _our_state(settings.shape, settings.dtype, settings.rank, settings.proj_type, None, class_name)
 
-    return Memory(label, state, _our_apollo_update, rank=rank)
+    return Memory(label, state, _our_apollo_update, modes=("fp32", "bf16", "int8", "dense"), rank=rank)
 
 
 def _our_apollo_update(settings: Settings, params: Sequence[Parameter]) -> int:

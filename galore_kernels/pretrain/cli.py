@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     memory = parser.add_argument_group("memory (ours)")
     memory.add_argument("--gradients", choices=GRADIENTS, help="factored: of matrices in their subspace only")
     memory.add_argument("--updates", choices=UPDATES, help="layerwise: inside the backward pass, gradients freed")
-    memory.add_argument("--weights", choices=WEIGHTS, help="int8: of matrices, with --gradients factored")
+    memory.add_argument("--weights", choices=WEIGHTS, help="int8: of matrices, with our optimizers")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")

@@ -189,8 +189,7 @@ class Config:
         self._expect("gradients", self.gradients == "dense" or galore, f"dense with --optimizer {self.optimizer}")
         self._expect("gradients", self.gradients == "dense" or not both, "dense with --proj-type full")
         self._expect("updates", self.updates == "whole" or ours, f"whole with --optimizer {self.optimizer}")
-        factored = self.gradients == "factored"
-        self._expect("weights", self.weights == "float" or factored, "float without --gradients factored")
+        self._expect("weights", self.weights == "float" or ours, f"float with --optimizer {self.optimizer}")
         for key in ("lr", "weight_decay", "eps", "clip"):
             value = getattr(self, key)
             self._expect(key, math.isfinite(value) and value >= 0, "a finite number that is not negative")

@@ -22,7 +22,7 @@ _TARGETS = ("attn", "mlp")
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """Optimizer of ``config`` over all parameters of ``model``; those that project do so to the same matrices.
 
-    For factored gradients, the model's layers are prepared.
+    For factored gradients and int8 weights the model's layers are prepared.
 
     Raises:
         PretrainError: the package of the chosen rival is not installed.
@@ -79,9 +79,11 @@ def _ours(
     def build(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
         import galore_kernels
 
+        weights = None if config.weights == "float" else config.weights
         if config.gradients == "factored":
-            weights = None if config.weights == "float" else config.weights
             galore_kernels.prepare(model, list(_TARGETS), config.rank, proj_type=config.proj_type, weights=weights)
+        elif weights is not None:
+            galore_kernels.prepare(model, list(_TARGETS), rank=None, weights=weights)
         groups = galore_kernels.galore_param_groups(
             model,
             target_modules=list(_TARGETS),
