@@ -297,6 +297,23 @@ def test_a_gradient_that_is_not_finite_skips_its_parameter(factored: bool) -> No
 
 
 @pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("async_refresh", [False, True])
+def test_roundings_are_drawn_anew_after_a_reset(factored: bool, async_refresh: bool) -> None:
+    options: dict[str, Any] = {
+        "moments_on_refresh": "reset",
+        "stochastic_rounding": True,
+        "async_refresh": async_refresh,
+    }
+    results = []
+    for layerwise in (False, True):
+        model, plain = made(factored=factored, model=Model(dtype=torch.bfloat16), **options)
+        optimizer = LayerwiseOptimizer(plain) if layerwise else plain
+        run(model, optimizer, range(STEPS))
+        results.append(result(model, optimizer))
+    assert_same_snapshot(results[1], results[0])
+
+
+@pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("at", [3, 4, 5])  # before, at and after a refresh
 def test_resuming_gives_the_run_that_was_not_interrupted(at: int, factored: bool) -> None:
     model, plain = made(factored=factored, async_refresh=True)

@@ -29,6 +29,12 @@ Batch make_batch(const std::vector<Row>& rows_of_table, index_t rows, index_t co
         const TensorRow& own = tensors.back();
         basis_type = basis_dtype_of(basis_dtype, reinterpret_cast<Address>(own.basis_scale));
         check_weight_scale(weight_dtype, reinterpret_cast<Address>(own.weight_scale));
+        check_absmax(own.m_absmax, own.v_absmax);
+    }
+    if (stochastic ? weight_type != DType::bfloat16 && weight_type != DType::int8 : weight_type == DType::int8) {
+        throw std::invalid_argument(
+            "stochastic: expected true with int8 weights, false with float32 and float16, got " +
+            std::to_string(stochastic) + " with weight_dtype=" + std::to_string(weight_dtype));
     }
     return Batch{std::move(tensors),
                  at_least("rows", rows, 0),
@@ -53,6 +59,19 @@ Gradients gradients_of(const Batch& batch, const std::vector<Address>& addresses
     Gradients gradients{{}, dtype_of("grad_dtype", dtype)};
     for (const Address address : addresses) gradients.data.push_back(pointer<const void>(address));
     return gradients;
+}
+
+// Of an update that projects.
+const Batch& projected(const Batch& batch) {
+    at_least("rank", batch.rank, 1);
+    return batch;
+}
+
+const Batch& with_norms(const Batch& batch) {
+    for (const TensorRow& row : batch.tensors) {
+        if (row.scaled_norm == nullptr) throw std::invalid_argument("scaled_norm: expected an address, got 0");
+    }
+    return projected(batch);
 }
 
 AdamScalars scalars_of(double lr, double beta1, double beta2, double eps, double weight_decay, double inv_grad_scale,
@@ -87,8 +106,8 @@ void bind_cpu_updates(py::module_& module) {
         "cpu_galore_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
            double scale, Address scratch, index_t threads) {
-            galore_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, pointer<void>(scratch),
-                          thread_count(threads));
+            galore_update(projected(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
+                          pointer<void>(scratch), thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
         "From gradient to weight through the subspace.");
@@ -96,8 +115,8 @@ void bind_cpu_updates(py::module_& module) {
         "cpu_lowrank_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
            double scale, Address scratch, index_t threads) {
-            lowrank_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, pointer<void>(scratch),
-                           thread_count(threads));
+            lowrank_update(projected(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
+                           pointer<void>(scratch), thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
         "From low-rank gradient to weight.");
@@ -107,8 +126,8 @@ void bind_cpu_updates(py::module_& module) {
            bool per_tensor, double scale, bool scale_front, double norm_growth_limit, Address scratch,
            index_t threads) {
             const FactorScalars how{per_tensor, scale, scale_front, norm_growth_limit, 0.0f};
-            apollo_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, how, pointer<void>(scratch),
-                          thread_count(threads));
+            apollo_update(with_norms(batch), gradients_of(batch, gradients, grad_dtype), scalars, how,
+                          pointer<void>(scratch), thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "per_tensor"_a, "scale"_a, "scale_front"_a,
         "norm_growth_limit"_a, "scratch"_a, "threads"_a,

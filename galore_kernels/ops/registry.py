@@ -24,6 +24,7 @@ class Backend:
         refuses: device -> the reason why this backend can't serve tensors there, or None if it can.
         describe: what ``backend_info()`` tells of it (plain data).
         group: makes the update of a group of tensors (``galore_kernels.ops.group``), or None if it takes them singly.
+        group_is_one_call: whether such an update is one call, which an interrupt finds done or not begun.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Backend:
     refuses: Callable[[torch.device], str | None]
     describe: Callable[[], dict[str, Any]]
     group: Callable[[UpdateGroup], GroupUpdate] | None = None
+    group_is_one_call: bool = False
 
 
 _backends: dict[str, Backend] = {}

@@ -105,5 +105,6 @@ register(
         refuses=_refuses,
         describe=_native.build_info,
         group=Group,
+        group_is_one_call=True,
     )
 )

@@ -27,6 +27,7 @@ class Adafactor(Rule):
     own_keys = ("eps", "clip_threshold", "decay_rate", "beta1", *_SWITCHES)
     moment_names = MOMENTS
     served_by = "galore_adafactor_update"
+    full_rank = "adafactor_update"
 
     def __repr__(self) -> str:
         return "factored float32 moments"
@@ -105,7 +106,7 @@ class Adafactor(Rule):
         own = ops.AdafactorState.of(state)
         if layout.side is None:
             # The backends of devices have the projected step alone.
-            named = backend if registry.implements("adafactor_update", backend) else "reference"
+            named = backend if registry.implements(self.full_rank, backend) else "reference"
             ops.adafactor_update(weight, grad, own, options, backend=named)
             return
         operation = ops.lowrank_adafactor_update if is_lowrank else ops.galore_adafactor_update
