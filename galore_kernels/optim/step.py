@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from galore_kernels import ops
 from galore_kernels.nn import LowRankGradient, Pairs, carried_gradient_of
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
@@ -241,7 +240,7 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _plan_of(self, updates: list[Update], unscaling: Unscaling, *, capture: bool) -> Plan:
         backends = {update.param.device: self._select(update.param.device) for update in updates}
 
-        def options(group: Mapping[str, Any], device: torch.device) -> ops.AdamOptions:
+        def options(group: Mapping[str, Any], device: torch.device) -> Any:
             return self._options(group, device, unscaling, capture=capture)
 
         return Plan(updates, self.state, backends, options, self._counters, capturing=capture)

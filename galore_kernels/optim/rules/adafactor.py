@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.ops.adafactor_update import MOMENTS, moment_shapes
 from galore_kernels.optim.options import check_lr, expect, number
-from galore_kernels.optim.rules.rule import Rule, Spec
+from galore_kernels.optim.rules.rule import Rule, Spec, projected_fields
 
 if TYPE_CHECKING:
     from galore_kernels.optim.state import Layout
@@ -102,7 +102,7 @@ class Adafactor(Rule):
         weight_scale: Tensor | None,
         backend: str,
     ) -> None:
-        own = ops.AdafactorState.of(state)
+        own = self.tensors(state)
         if layout.side is None:
             # The backends of devices have the projected step alone.
             named = backend if registry.implements("adafactor_update", backend) else "reference"
@@ -123,5 +123,15 @@ class Adafactor(Rule):
             backend=backend,
         )
 
-    def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
-        return None
+    def operation(self, layout: Layout, *, is_lowrank: bool) -> str:
+        if layout.side is None:
+            return "adafactor_update"
+        return "lowrank_adafactor_update" if is_lowrank else "galore_adafactor_update"
+
+    def tensors(self, state: Mapping[str, Any]) -> ops.AdafactorState:
+        return ops.AdafactorState.of(state)
+
+    def group_fields(
+        self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        return projected_fields(group, layout, states)

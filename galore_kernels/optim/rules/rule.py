@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from galore_kernels.ops.adafactor_update import AdafactorState
+from galore_kernels.ops.adam import AdamState
 from galore_kernels.optim.options import COMMON
 
 if TYPE_CHECKING:
@@ -96,14 +98,27 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
-        """The operation whose backends may update many tensors in one call; None if each is updated by itself."""
+    def operation(self, layout: Layout, *, is_lowrank: bool) -> str:
+        """The operation that updates a weight, or many in one call where the backend has groups of it."""
+
+    @abstractmethod
+    def tensors(self, state: Mapping[str, Any]) -> AdamState | AdafactorState:
+        """The state that the operations take."""
 
     def group_fields(
         self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Fields of the ``UpdateGroup`` for that call which the states and options say, but for Adam's states.
-
-        Asked for only where ``operation`` names one.
-        """
+        """Fields of the ``UpdateGroup`` for that call which the states and options say, but for ``tensors``."""
         return {}
+
+
+def projected_fields(group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``Rule.group_fields`` of updates through the bases of the states; none at full rank."""
+    if layout.side is None:
+        return {}
+    return {
+        "bases": tuple(state["basis"] for state in states),
+        "side": layout.side,
+        "scale": float(group["scale"]),
+        "basis_scales": tuple(state["basis_scale"] for state in states if "basis_scale" in state),
+    }
