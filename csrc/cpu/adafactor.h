@@ -16,18 +16,26 @@ namespace gk::cpu::GK_ISA {
 // Sums in double, one for each place in a row of this many: whatever the vectors' width, the same sum.
 constexpr int kDoubleLanes = 16;
 
-// scale^2 * x.x of n <= kQuantBlock elements.
+// The squares of n <= kQuantBlock elements times scale are added to the lanes.
 template <class T>
-[[gnu::always_inline]] static inline double squares_in_double(const T* x, index_t n, float scale) {
+[[gnu::always_inline]] static inline void add_squares_in_double(const T* x, index_t n, float scale, double* lanes) {
     alignas(64) float row[kQuantBlock];
     load_row(x, n, row);
     std::fill(row + n, row + ceil_div(n, kDoubleLanes) * kDoubleLanes, 0.0f);
-    double lanes[kDoubleLanes] = {};
     for (index_t i = 0; i < n; i += kDoubleLanes) {
         for (index_t lane = 0; lane < kDoubleLanes; ++lane) {
             const auto value = static_cast<double>(row[i + lane] * scale);
             lanes[lane] += value * value;
         }
+    }
+}
+
+// The sum of the squares of n elements, a block of which has the scale that scale_of(its first element) says.
+template <class T, class Scale>
+static double squares_in_double(const T* x, index_t n, const Scale& scale_of) {
+    double lanes[kDoubleLanes] = {};
+    for (index_t first = 0; first < n; first += kQuantBlock) {
+        add_squares_in_double(x + first, at_most(kQuantBlock, n - first), scale_of(first), lanes);
     }
     return std::accumulate(lanes, lanes + kDoubleLanes, 0.0);
 }
@@ -35,25 +43,23 @@ template <class T>
 // partial: square_sums() numbers.
 static double sum_of_squares(const void* x, DType dtype, const float* scale, index_t rows, index_t cols,
                              double* partial, int threads) {
+    const index_t sums = square_sums(dtype, rows, cols);
     if (dtype == DType::int8) {
-        for_each_task(rows, threads, [&](index_t row, int) {
-            const Int8* codes = static_cast<const Int8*>(x) + row * cols;
+        for_each_task(sums, threads, [&](index_t row, int) {
             const float* scales = scale + row * weight_groups(cols);
-            double sum = 0.0;
-            for (index_t first = 0; first < cols; first += kWeightGroup) {
-                sum += squares_in_double(codes + first, at_most(kWeightGroup, cols - first), *scales++);
-            }
-            partial[row] = sum;
+            partial[row] = squares_in_double(static_cast<const Int8*>(x) + row * cols, cols,
+                                             [&](index_t first) { return scales[first / kWeightGroup]; });
         });
     } else {
         with_dtype(dtype, [&](auto element) {
             const auto* values = static_cast<const decltype(element)*>(x);
-            for_each_block(rows * cols, threads, [&](index_t block, index_t first, index_t count) {
-                partial[block] = squares_in_double(values + first, count, 1.0f);
+            for_each_task(sums, threads, [&](index_t task, int) {
+                const index_t first = task * kSquaresPerSum, n = at_most(kSquaresPerSum, rows * cols - first);
+                partial[task] = squares_in_double(values + first, n, [](index_t) { return 1.0f; });
             });
         });
     }
-    return std::accumulate(partial, partial + square_sums(dtype, rows, cols), 0.0);
+    return std::accumulate(partial, partial + sums, 0.0);
 }
 static_assert(kWeightGroup == kQuantBlock);
 

@@ -81,9 +81,10 @@ struct Matrices {
 constexpr index_t kChunkRows = 64;
 inline index_t row_chunks(const Matrices& g) { return (g.rows + kChunkRows - 1) / kChunkRows; }
 
-// Sums that sum_of_squares() adds up: one of each block, or of each row of int8 codes.
+// Sums that sum_of_squares() adds up: one of each run of elements, or of each row of int8 codes.
+constexpr index_t kSquaresPerSum = 64 * kQuantBlock;
 inline index_t square_sums(DType dtype, index_t rows, index_t cols) {
-    return dtype == DType::int8 ? rows : quant_blocks(rows * cols);
+    return dtype == DType::int8 ? rows : (rows * cols + kSquaresPerSum - 1) / kSquaresPerSum;
 }
 
 // Adafactor's moments: the first one or null, and the second, whole or as means over rows and columns.

@@ -15,7 +15,7 @@ from galore_kernels.nn import LowRankGradient, Pairs, carried_gradient_of
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
 from galore_kernels.optim.multi_tensor import Plan
-from galore_kernels.optim.options import check_lr, check_param, check_scheduled
+from galore_kernels.optim.options import check_param, check_scheduled
 from galore_kernels.optim.processes import factors_of
 from galore_kernels.optim.refresh import (
     changes,
@@ -224,7 +224,7 @@ class SteppingOptimizer(UpdatingOptimizer):
             and plan.holds(self._observe(grads), self._select)
         ):
             for index, group in enumerate(self.param_groups):
-                check_lr(group, f"param group {index}")
+                self.rule.check_lr(group, f"param group {index}")
             self._plan = plan
             return plan, grads, False
         updates = self._collect(unscaling)

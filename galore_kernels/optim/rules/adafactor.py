@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.ops.adafactor_update import MOMENTS, moment_shapes
-from galore_kernels.optim.options import check_lr, expect, number
+from galore_kernels.optim.options import expect, number
 from galore_kernels.optim.rules.rule import Rule, Spec, projected_fields
 
 if TYPE_CHECKING:
@@ -34,15 +34,10 @@ class Adafactor(Rule):
     def check(self, group: Mapping[str, Any], where: str) -> None:
         for key in _SWITCHES:
             expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
-        relative, lr, warmup = group["relative_step"], group["lr"], group["warmup_init"]
-        if relative:
-            remedy = "pass relative_step=False with a learning rate, or none"
-            expect(where, "lr", lr, lr is None, "None with relative_step=True", remedy)
-        else:
-            remedy = "pass one, or relative_step=True"
-            expect(where, "lr", lr, lr is not None, "a learning rate with relative_step=False", remedy)
-            check_lr(group, where)
-            expect(where, "warmup_init", warmup, not warmup, "False with relative_step=False", "warm lr up instead")
+        self.check_lr(group, where)
+        relative, warmup = group["relative_step"], group["warmup_init"]
+        possible_warmup = relative or not warmup
+        expect(where, "warmup_init", warmup, possible_warmup, "False with relative_step=False", "warm lr up instead")
         eps, clip, rate, beta1 = group["eps"], group["clip_threshold"], group["decay_rate"], group["beta1"]
         pair = isinstance(eps, (tuple, list)) and len(eps) == 2
         ok = pair and all((e := number(value)) is not None and 0.0 <= e < math.inf for value in eps)
@@ -60,6 +55,16 @@ class Adafactor(Rule):
         moments, one = group["moments_on_refresh"], " or ".join(map(repr, possible))
         if moments in ("rotate", "reset"):
             expect(where, "moments_on_refresh", moments, moments in possible, one, '"keep" is the default')
+
+    def check_lr(self, group: Mapping[str, Any], where: str) -> None:
+        lr = group["lr"]
+        if group["relative_step"]:
+            remedy = "pass relative_step=False with a learning rate, or none"
+            expect(where, "lr", lr, lr is None, "None with relative_step=True", remedy)
+        else:
+            remedy = "pass one, or relative_step=True"
+            expect(where, "lr", lr, lr is not None, "a learning rate with relative_step=False", remedy)
+            super().check_lr(group, where)
 
     def has_first_moment(self, group: Mapping[str, Any]) -> bool:
         return group["beta1"] is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from galore_kernels import ops
 from galore_kernels.ops.adam import AdamState
-from galore_kernels.optim.options import check_lr, expect, expect_number, number
+from galore_kernels.optim.options import expect, expect_number, number
 from galore_kernels.optim.rules.rule import Rule, Spec, projected_fields
 from galore_kernels.optim.state import adam_state
 
@@ -36,7 +36,7 @@ class Adam(Rule):
         return f"{'8-bit' if self._eight_bit else 'float32'} moments"
 
     def check(self, group: Mapping[str, Any], where: str) -> None:
-        check_lr(group, where)
+        self.check_lr(group, where)
         betas = group["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         numbers = [number(b) for b in betas] if pair else []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from galore_kernels.ops.adafactor_update import AdafactorState
 from galore_kernels.ops.adam import AdamState
-from galore_kernels.optim.options import COMMON
+from galore_kernels.optim.options import COMMON, check_lr
 
 if TYPE_CHECKING:
     from galore_kernels.optim.state import Layout
@@ -45,6 +45,10 @@ class Rule(ABC):
     @abstractmethod
     def check(self, group: Mapping[str, Any], where: str) -> None:
         """Raises ValueError, naming key and group, unless the values of ``own_keys`` are possible."""
+
+    def check_lr(self, group: Mapping[str, Any], where: str) -> None:
+        """The part of ``check`` that sees the learning rate, which is new in every step."""
+        check_lr(group, where)
 
     def draws(self, group: Mapping[str, Any]) -> bool:
         """Whether the group's bases are drawn from a seed instead of found in gradients."""
