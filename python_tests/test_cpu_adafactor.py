@@ -26,7 +26,6 @@ from torch import Tensor
 from update_cases import assert_same_bits
 
 from galore_kernels import GaLoreFusedAdafactor, _native
-from galore_kernels.backends.cpu import updates
 from galore_kernels.quantizers import quantize_weight
 
 #: What no small shape reaches.
@@ -68,7 +67,7 @@ def test_threads_and_what_the_scratch_memory_held_change_nothing(
         return given[-1]
 
     torch.set_num_threads(3)
-    monkeypatch.setattr(updates.torch, "empty", allocate)
+    monkeypatch.setattr(torch, "empty", allocate)
     got = p.solved("cpu")
     assert len(given) == 1
     check_guard(given[0])
@@ -125,7 +124,7 @@ def test_an_interrupted_step_is_neither_lost_nor_taken_twice(
         for own in (undisturbed, params):  # which no backend updates together
             for name in ("first", "second"):
                 own[name].data = own[name].data.T.contiguous().T
-    options = {"rank": 16, "beta1": 0.9, "backend": "cpu"}
+    options: dict[str, Any] = {"rank": 16, "beta1": 0.9, "backend": "cpu"}
     expected, optimizer = (GaLoreFusedAdafactor(own.values(), **options) for own in (undisturbed, params))
     train(expected, undisturbed, range(4))
     train(optimizer, params, range(3))
