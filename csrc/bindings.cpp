@@ -28,10 +28,7 @@ using gk::index_t;
 using Seed = std::optional<std::uint64_t>;
 
 Moments moments_of(Address m, Address v, Address m_absmax, Address v_absmax) {
-    if ((m_absmax == 0) != (v_absmax == 0)) {
-        throw std::invalid_argument(
-            "m_absmax, v_absmax: expected both addresses (8-bit moments) or both 0 (fp32 moments)");
-    }
+    check_absmax(pointer<void>(m_absmax), pointer<void>(v_absmax));
     return Moments{pointer<void>(m), pointer<void>(v), pointer<float>(m_absmax), pointer<float>(v_absmax)};
 }
 

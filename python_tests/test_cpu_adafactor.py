@@ -130,6 +130,8 @@ def test_an_interrupted_step_is_neither_lost_nor_taken_twice(
     train(optimizer, params, range(3))
     assert optimizer._plan is not None
     assert [len(group.members) for group in optimizer._plan.groups] == ([2, 1] if grouped else [1])
+    # The norm's call is the first of the strided ones' step: then one is interrupted by itself, and one is left.
+    ends = 1 if grouped else 2
     set_grads(params, 3)
     original = _native.cpu_adafactor_update
 
@@ -142,8 +144,9 @@ def test_an_interrupted_step_is_neither_lost_nor_taken_twice(
     try:
         with monkeypatch.context() as patch:
             patch.setattr(_native, "cpu_adafactor_update", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                optimizer.step()
+            for _ in range(ends if after else 1):
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
     finally:
         signal.signal(signal.SIGINT, handler)
     optimizer.step()

@@ -255,3 +255,29 @@ def test_a_dequantized_weight_is_the_layers() -> None:
     assert isinstance(layer, Int8Linear)
     assert torch.equal(layer.weight, dequantize_weight(layer.weight_codes, layer.weight_scale, torch.float32))
     assert "dense gradient" in repr(layer)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("by", ["data", "assign"])
+def test_scales_that_lie_elsewhere_are_found(by: str, layerwise: bool) -> None:
+    def trained(*, moves: bool) -> dict[str, torch.Tensor]:
+        model = prepared()
+        optimizer = optimizer_of(model)
+        stepped = LayerwiseOptimizer(optimizer) if layerwise else optimizer
+        run(model, stepped, range(3))
+        old = {name: p for name, p in model.named_parameters() if name.endswith("weight_scale")}
+        before = {name: scale.detach().clone() for name, scale in old.items()}
+        if moves and by == "data":
+            kept = [scale.data for scale in old.values()]
+            for scale in old.values():
+                scale.data = scale.data.clone()
+        elif moves:
+            kept = list(old.values())
+            model.load_state_dict({k: v.clone() for k, v in before.items()}, strict=False, assign=True)
+        run(model, stepped, range(3, 6))
+        if moves:
+            assert all(torch.equal(a, b) for a, b in zip(kept, before.values(), strict=True)), "written where it was"
+        return dict(model.state_dict())
+
+    moved, stayed = trained(moves=True), trained(moves=False)
+    assert all(torch.equal(moved[name], value) for name, value in stayed.items())

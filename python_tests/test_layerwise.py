@@ -24,6 +24,7 @@ from galore_kernels import (
 )
 from galore_kernels.nn import FactoredLinear
 from galore_kernels.optim.base import LowRankOptimizer
+from galore_kernels.optim.multi_tensor import Plan
 
 #: Refreshes at steps 0, 4 and 8 of the runs.
 OPTIONS: dict[str, Any] = {"rank": RANK, "update_proj_gap": 4}
@@ -294,6 +295,25 @@ def test_a_gradient_that_is_not_finite_skips_its_parameter(factored: bool) -> No
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == set(before) - {"head.weight"}
     assert list(optimizer.skipped_steps().values()) == [1]
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("async_refresh", [False, True])
+def test_roundings_are_drawn_anew_after_a_reset(
+    async_refresh: bool, factored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*, layerwise: bool) -> dict[str, Any]:
+        options: dict[str, Any] = {"moments_on_refresh": "reset", "async_refresh": async_refresh}
+        model, plain = made(factored=factored, model=Model(dtype=torch.bfloat16), stochastic_rounding=True, **options)
+        optimizer = LayerwiseOptimizer(plain) if layerwise else plain
+        run(model, optimizer, range(STEPS))
+        return result(model, optimizer)
+
+    whole, layer_by_layer = trained(layerwise=False), trained(layerwise=True)
+    monkeypatch.setattr(Plan, "reason_to_be_alone", lambda self, update, states: "no plan is followed")
+    expected = trained(layerwise=False)
+    assert_same_snapshot(whole, expected)
+    assert_same_snapshot(layer_by_layer, expected)
 
 
 @pytest.mark.parametrize("factored", [False, True])

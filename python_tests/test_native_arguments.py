@@ -140,3 +140,79 @@ def test_workspace_grows_with_threads_and_counts_in_64_bits() -> None:
     one = _native.workspace_bytes(1024, 4096, 128, 0, 0, 1)
     assert 0 < one < _native.workspace_bytes(1024, 4096, 128, 0, 0, 2)
     assert _native.workspace_bytes(2**20, 2**20, 2**13, 0, 0, 1) > 2**32
+
+
+#: Of one tensor without elements.
+BATCH: dict[str, Any] = {"rows": 0, "cols": 0, "moments": 0, "rank": 1, "side": 0, "weight_dtype": 0, "basis_dtype": 0}
+BATCH |= {
+    "magnitudes": 0,
+    "stochastic": False,
+    "long_basis": 0,
+    "long_basis_dtype": 0,
+    "kept": 0,
+    "gradient": (0, 0, 0),
+}
+
+
+def batch(row: dict[int, int] | None = None, **changed: Any) -> Any:
+    """``row``: column of the table -> number."""
+    numbers = [(row or {}).get(column, 0) for column in range(14)]
+    return _native.CpuBatch([tuple(numbers)], **(BATCH | changed))
+
+
+@pytest.mark.parametrize(
+    ("row", "changed", "message"),
+    [
+        ({}, {"rows": -1}, "rows=-1: expected 0 or more"),
+        ({}, {"cols": -1}, "cols=-1: expected 0 or more"),
+        ({}, {"moments": -1}, "moments=-1: expected 0 or more"),
+        ({}, {"rank": -1}, "rank=-1: expected 0 or more"),
+        ({}, {"kept": -1}, "kept=-1: expected 0 or more"),
+        ({}, {"gradient": (1, -1, 1)}, "gradient=-1: expected 0 or more"),
+        ({}, {"side": 2}, "side=2: expected 0"),
+        ({}, {"weight_dtype": 4}, "param_dtype=4: expected 0"),
+        ({}, {"basis_dtype": 5}, "basis_dtype=5: expected 0"),
+        ({}, {"long_basis_dtype": 3}, "long_basis_dtype=3: expected 0"),
+        ({4: 64}, {}, "m_absmax, v_absmax: expected both"),
+        ({6: 64}, {}, "basis_scale: expected an address with int8"),
+        ({7: 64}, {}, "weight_scale: expected an address with int8"),
+        ({7: 64}, {"weight_dtype": 3}, "stochastic: expected true with int8 weights"),
+        ({}, {"stochastic": True}, "stochastic: .* false with float32"),
+    ],
+)
+def test_a_batch_names_what_does_not_fit(row: dict[int, int], changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch(row, **changed)
+
+
+@pytest.mark.parametrize("name", ["cpu_adam_update", "cpu_galore_update", "cpu_lowrank_update", "cpu_apollo_update"])
+def test_an_update_names_what_does_not_fit(name: str) -> None:
+    scalars = _native.CpuScalars(0.1, 0.9, 0.999, 1e-8, 0.0, 1.0, False)
+    rest: tuple[Any, ...] = {"cpu_adam_update": (), "cpu_apollo_update": (False, 1.0, False, 1.01, 0)}.get(
+        name, (1.0, 0)
+    )
+    projects = name != "cpu_adam_update"
+    with pytest.raises(ValueError, match="gradients: expected 1, one of each tensor, got 2"):
+        function(name)(batch(), [0, 0], 0, scalars, *rest, 1)
+    with pytest.raises(ValueError, match="grad_dtype=3: expected"):
+        function(name)(batch(), [0], 3, scalars, *rest, 1)
+    if projects:
+        row = {11: 64}
+        with pytest.raises(ValueError, match="rank=0: expected 1 or more"):
+            function(name)(batch(row, rank=0), [0], 0, scalars, *rest, 1)
+    if name == "cpu_apollo_update":
+        with pytest.raises(ValueError, match="scaled_norm: expected an address, got 0"):
+            function(name)(batch(), [0], 0, scalars, *rest, 1)
+
+
+def test_adafactor_s_update_names_what_does_not_fit() -> None:
+    scalars = _native.CpuAdafactorScalars(0.1, 0.0, 0.0, 1.0, -0.8, 0.0, 0.0, False, False, False, 1.0, False)
+    rest: tuple[Any, ...] = scalars, 1.0, False, 0, 1
+    run = function("cpu_adafactor_update")
+    with pytest.raises(ValueError, match="gradients: expected 1, one of each tensor, got 2"):
+        run(batch(), [0, 0], 0, *rest)
+    with pytest.raises(ValueError, match="gradient: expected matrices of 6 elements together, got 8"):
+        run(batch(moments=6, gradient=(2, 2, 2)), [0], 0, *rest)
+    for row in ({}, {4: 64}, {3: 64, 4: 64, 5: 64}):  # none; of the rows alone; both kinds
+        with pytest.raises(ValueError, match="exp_avg_sq: expected its address, or those of its means"):
+            run(batch(row, moments=6, gradient=(1, 2, 3)), [0], 0, *rest)

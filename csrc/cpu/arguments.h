@@ -63,6 +63,13 @@ inline void check_weight_scale(int param_dtype, Address weight_scale) {
     }
 }
 
+inline void check_absmax(const void* m_absmax, const void* v_absmax) {
+    if ((m_absmax == nullptr) != (v_absmax == nullptr)) {
+        throw std::invalid_argument(
+            "m_absmax, v_absmax: expected both addresses (8-bit moments) or both 0 (fp32 moments)");
+    }
+}
+
 inline Side side_of(int code) {
     if (code != 0 && code != 1) refuse("side", code, "0 (right) or 1 (left)");
     return static_cast<Side>(code);

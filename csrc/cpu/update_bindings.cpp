@@ -30,6 +30,12 @@ Batch make_batch(const std::vector<Row>& rows_of_table, index_t rows, index_t co
         const TensorRow& own = tensors.back();
         basis_type = basis_dtype_of(basis_dtype, reinterpret_cast<Address>(own.basis_scale));
         check_weight_scale(weight_dtype, reinterpret_cast<Address>(own.weight_scale));
+        if (gradient[0] == 0) check_absmax(own.m_absmax, own.v_absmax);
+    }
+    if (stochastic ? weight_type != DType::bfloat16 && weight_type != DType::int8 : weight_type == DType::int8) {
+        throw std::invalid_argument(
+            "stochastic: expected true with int8 weights, false with float32 and float16, got " +
+            std::to_string(stochastic) + " with weight_dtype=" + std::to_string(weight_dtype));
     }
     return Batch{std::move(tensors),
                  at_least("rows", rows, 0),
@@ -56,6 +62,35 @@ Gradients gradients_of(const Batch& batch, const std::vector<Address>& addresses
     Gradients gradients{{}, dtype_of("grad_dtype", dtype)};
     for (const Address address : addresses) gradients.data.push_back(pointer<const void>(address));
     return gradients;
+}
+
+// Of an update that projects.
+const Batch& projected(const Batch& batch) {
+    at_least("rank", batch.rank, 1);
+    return batch;
+}
+
+const Batch& with_norms(const Batch& batch) {
+    for (const TensorRow& row : batch.tensors) {
+        if (row.scaled_norm == nullptr) throw std::invalid_argument("scaled_norm: expected an address, got 0");
+    }
+    return projected(batch);
+}
+
+const Batch& with_second_moments(const Batch& batch) {
+    const Matrices& g = batch.gradient;
+    if (g.planes * g.rows * g.cols != batch.moments) {
+        throw std::invalid_argument("gradient: expected matrices of " + std::to_string(batch.moments) +
+                                    " elements together, got " + std::to_string(g.planes * g.rows * g.cols));
+    }
+    for (const TensorRow& row : batch.tensors) {
+        const bool means = row.m_absmax != nullptr && row.v_absmax != nullptr;
+        if (batch.moments > 0 && means == (row.v != nullptr)) {
+            throw std::invalid_argument(
+                "exp_avg_sq: expected its address, or those of its means over rows and columns and 0 for itself");
+        }
+    }
+    return batch;
 }
 
 AdamScalars scalars_of(double lr, double beta1, double beta2, double eps, double weight_decay, double inv_grad_scale,
@@ -102,8 +137,8 @@ void bind_cpu_updates(py::module_& module) {
         "cpu_galore_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
            double scale, Address scratch, index_t threads) {
-            galore_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, pointer<void>(scratch),
-                          thread_count(threads));
+            galore_update(projected(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
+                          pointer<void>(scratch), thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
         "From gradient to weight through the subspace.");
@@ -111,8 +146,8 @@ void bind_cpu_updates(py::module_& module) {
         "cpu_lowrank_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
            double scale, Address scratch, index_t threads) {
-            lowrank_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, pointer<void>(scratch),
-                           thread_count(threads));
+            lowrank_update(projected(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
+                           pointer<void>(scratch), thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
         "From low-rank gradient to weight.");
@@ -122,8 +157,8 @@ void bind_cpu_updates(py::module_& module) {
            bool per_tensor, double scale, bool scale_front, double norm_growth_limit, Address scratch,
            index_t threads) {
             const FactorScalars how{per_tensor, scale, scale_front, norm_growth_limit, 0.0f};
-            apollo_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, how, pointer<void>(scratch),
-                          thread_count(threads));
+            apollo_update(with_norms(batch), gradients_of(batch, gradients, grad_dtype), scalars, how,
+                          pointer<void>(scratch), thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "per_tensor"_a, "scale"_a, "scale_front"_a,
         "norm_growth_limit"_a, "scratch"_a, "threads"_a,
@@ -132,8 +167,8 @@ void bind_cpu_updates(py::module_& module) {
         "cpu_adafactor_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdafactorScalars& scalars,
            double scale, bool is_projected, Address scratch, index_t threads) {
-            adafactor_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, scale, is_projected,
-                             pointer<void>(scratch), thread_count(threads));
+            adafactor_update(with_second_moments(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
+                             is_projected, pointer<void>(scratch), thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "is_projected"_a, "scratch"_a,
         "threads"_a, "Adafactor, at full rank or through the subspace.");

@@ -1,7 +1,7 @@
-"""What a launch of a device backend is told: N tensors of one shape, and a control row for each of them.
+"""What a native call or a launch is told: N tensors of one shape, a row of addresses for each of them.
 
-What a launch has to know of another lies in the *control*, int32 rows of ``CONTROL_WORDS``, written by ``prepare``. The
-kernels' side of both is ``csrc/cuda/batch.h`` and ``backends/triton/elements.py``.
+What a launch on a device has to know of another lies in the *control*, int32 rows of ``CONTROL_WORDS``, written by
+``prepare``. The kernels' side is ``csrc/core/tensor_row.h``, ``csrc/cuda/batch.h`` and ``backends/triton/elements.py``.
 """
 
 from __future__ import annotations
@@ -153,13 +153,18 @@ def _row(
     return (*map(_address, tensors), seed or 0, _address(scaled_norm), basis_seed)
 
 
+def basis_rank(basis: Tensor, basis_scale: Tensor | None) -> int:
+    """r of a basis (S, r), or of its codes, of which two 4-bit ones share a column."""
+    return int(basis.shape[1] if basis_scale is None else basis_scale.shape[0])
+
+
 def _rank_and_dtype(basis: Tensor | RandomBasis | None, basis_scale: Tensor | None) -> tuple[int, torch.dtype]:
     """``Batch.rank`` and ``Batch.basis_dtype``."""
     if basis is None:
         return 0, torch.float32
     if isinstance(basis, RandomBasis):
         return basis.rank, torch.bfloat16
-    return basis.shape[1] if basis_scale is None else basis_scale.shape[0], basis.dtype
+    return basis_rank(basis, basis_scale), basis.dtype
 
 
 def make_batch(group: UpdateGroup, magnitudes: Tensor | None = None) -> Batch:

@@ -32,6 +32,7 @@ from galore_kernels.backends.batch import (
     STEP_SIZE,
     TABLE_COLUMNS,
     Batch,
+    basis_rank,
     make_batch,
     new_control,
     with_gradients,
@@ -83,7 +84,7 @@ class Pipeline(SingleUpdates):
             state.step.add_(allowed(options, param.device))
             return
         weight, grad = param.contiguous(), grad.contiguous()
-        rank = basis.shape[1] if basis_scale is None else basis_scale.shape[0]
+        rank = basis_rank(basis, basis_scale)
         kept = long_short(param.shape, side)[0] if long_basis is None else long_basis.shape[1]
         lowrank = torch.empty((kept, rank), dtype=torch.float32, device=param.device)
         # The stages that run don't look at moments: R, of whose shape they would be, stands for both.

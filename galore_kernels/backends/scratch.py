@@ -1,4 +1,4 @@
-"""Memory that the stages of an update pass to one another, all of it there before the first tensor changes."""
+"""Memory that the stages of an update on a device pass to one another."""
 
 from __future__ import annotations
 

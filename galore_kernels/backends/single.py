@@ -27,6 +27,14 @@ class SingleUpdates(ABC):
             long_basis: of a matrix both of whose sides are projected, which no larger group has.
         """
 
+    def _run(
+        self, group: UpdateGroup, param: Tensor, grad: Tensor, options: Any, long_basis: Tensor | None = None
+    ) -> None:
+        try:
+            self.update(group, grad.contiguous(), options, long_basis)
+        finally:  # an interrupt may come when the update is done
+            write_back(param, group.params[0])
+
     def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
         """Contract: ``galore_kernels.ops.adam8bit_update``."""
         self._at_full_rank("adam8bit_update", param, grad, state, options)
@@ -36,8 +44,7 @@ class SingleUpdates(ABC):
     ) -> None:
         weight = param.contiguous()
         group = UpdateGroup(operation, (weight,), (state,), rounding_seeds=seeds(options))
-        self.update(group, grad.contiguous(), options)
-        write_back(param, weight)
+        self._run(group, param, grad, options)
 
     def galore_update(
         self,
@@ -100,8 +107,7 @@ class SingleUpdates(ABC):
             basis_scales=scales(basis_scale),
             weight_scales=scales(weight_scale),
         )
-        self.update(group, grad.contiguous(), options, long_basis)
-        write_back(param, weight)
+        self._run(group, param, grad, options, long_basis)
 
     def apollo_update(
         self,
@@ -128,8 +134,7 @@ class SingleUpdates(ABC):
             scaled_norms=(scaled_norm,),
             apollo=apollo,
         )
-        self.update(group, grad.contiguous(), options)
-        write_back(param, weight)
+        self._run(group, param, grad, options)
 
 
 def seeds(options: StepOptions) -> tuple[int, ...] | None:

@@ -78,6 +78,12 @@ class CarriedGradient:
         """The scales of int8 codes (m, ceil(n / 256)), or None."""
         return stored_scale(self.layer)
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The weight, or its codes and their scales."""
+        scale = self.weight_scale
+        return (self.weight,) if scale is None else (self.weight, scale)
+
     def moved(self) -> None:
         """Called when the carrier may be given other memory, as models are that move or are cast."""
 

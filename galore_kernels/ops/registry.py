@@ -25,6 +25,7 @@ class Backend:
         describe: what ``backend_info()`` tells of it (plain data).
         group: makes the update of a group of tensors (``galore_kernels.ops.group``), or None if it takes them singly.
         grouped: the operations of those groups.
+        group_is_one_call: whether such an update is one call, which an interrupt finds done or not begun.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Backend:
     describe: Callable[[], dict[str, Any]]
     group: Callable[[UpdateGroup], GroupUpdate] | None = None
     grouped: Set[str] = ADAM_OPERATIONS
+    group_is_one_call: bool = False
 
 
 _backends: dict[str, Backend] = {}

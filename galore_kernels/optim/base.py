@@ -175,11 +175,13 @@ class LowRankOptimizer(OneByOne):
         return "\n".join(lines)
 
     def _backend_name(self) -> str:
-        if self._backend != "auto":
-            return self._backend
         devices = {param.device for group in self.param_groups for param in group["params"]} - {torch.device("meta")}
-        chosen = {registry.select(self.rule.served_by, "auto", device).name for device in devices}
-        return f"auto -> {', '.join(sorted(chosen)) or 'none yet'}"
+        name, chosen = self._backend, {self._backend}
+        if name == "auto":
+            chosen = {registry.select(self.rule.served_by, name, device).name for device in devices}
+            name = f"auto -> {', '.join(sorted(chosen)) or 'none yet'}"
+        full_rank = all(registry.implements(self.rule.full_rank, one) for one in chosen)
+        return name if full_rank else f"{name}, at full rank reference"
 
     # ------------------------------------------------------------------ persistence
 

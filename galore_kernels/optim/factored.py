@@ -84,21 +84,14 @@ def find(updates: Iterable[Update], states: Mapping[Tensor, Mapping[str, Any]], 
     return found
 
 
-def take_over_bases(findings: list[Finding], states: Mapping[Tensor, dict[str, Any]], backend: str) -> bool:
-    """Puts what was found into the states of parameters whose step was taken; leaves ``findings`` empty.
-
-    Returns whether a step counter was set back.
-    """
-    reset = False
+def take_over_bases(findings: list[Finding], states: Mapping[Tensor, dict[str, Any]], backend: str) -> None:
+    """Puts what was found into the states of parameters whose step was taken; leaves ``findings`` empty."""
     while findings:
         update, found, step = findings[0]
         state = states[update.param]
         if int(state["step"]) > step:
-            changed = changes(update, state, found, step, backend)
-            take_over(state, changed)
-            reset |= "step" in changed
+            take_over(state, changes(update, state, found, step, backend))
         del findings[0]
-    return reset
 
 
 def tell_layers(updates: Iterable[Update], states: Mapping[Tensor, dict[str, Any]], counters: Counters) -> float:

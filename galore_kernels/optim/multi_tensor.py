@@ -82,9 +82,12 @@ def observe(
     """What the checks and the plan of a step rest on, in values that are cheap to get and to compare.
 
     Learning rates and the gradients' addresses, which are new in every step, are left out: ``options_of`` is
-    ``observed_options``. Equal to nothing, not to
-    itself either, if an option is a tensor, which may change in place. ``grads``: of all parameters. ``weights``: those
-    whose gradients parameters carry. ``carriers``: ids of those that lie where their gradients do.
+    ``observed_options``. Equal to nothing, not to itself either, if an option is a tensor, which may change in place.
+
+    Args:
+        grads: of all parameters.
+        weights: those whose gradients parameters carry, with the scales of int8 ones.
+        carriers: ids of parameters that lie where their gradients do.
     """
     options: list[Any] = []
     for group in groups:
@@ -97,6 +100,7 @@ def observe(
     placed = [param for param in params if id(param) not in carriers] if carriers else params
     present = [grad for grad in grads if grad is not None]
     own = own_states(states)
+    resets = any(group["moments_on_refresh"] == "reset" for group in groups)
     # One list for each fact, not one tuple for each tensor: a map over a method of C takes a third of the time. A
     # parameter's address tells its device too. ``.data = `` moves a tensor that stays the same object.
     return (
@@ -117,6 +121,7 @@ def observe(
         list(map(id, states)),
         [id(value) for state in own for value in state.values() if type(value) is Tensor],
         [state.get("basis_seed") for state in own],
+        [state.get("refreshes") for state in own] if resets else (),  # of which the seeds of roundings depend
         [value.data_ptr() for state in own for name in _moments if (value := state.get(name)) is not None],
     )
 
@@ -210,9 +215,9 @@ class PlannedGroup:
         return PlannedGroup(rest, states, self._backend, options, counters) if rest else None
 
     def counted(self) -> int:
-        """Steps that its first member has taken or skipped, where reading them is free; else always 0."""
+        """Steps that its first member, and so each, has taken or skipped; always 0 where one call isn't all of it."""
         first = self.counters[0]
-        return int(first.step) + int(first.skipped) if reads_are_free(self.device) else 0
+        return int(first.step) + int(first.skipped) if self._backend.group_is_one_call else 0
 
     def run(self, gradients: Gradients, options: Any) -> None:
         """One step of all members, each with its gradient among those of all parameters."""

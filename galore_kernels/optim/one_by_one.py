@@ -58,7 +58,8 @@ class OneByOne(SteppingOptimizer):
         states = {} if state is None else {param: state}
         group = {**update.group, "params": [param]}
         carriers = {id(param)} if update.factored is not None else ()
-        seen = multi_tensor.observe(self._observed, [group], states, [param.grad], [update.weight], carriers)
+        weights = (param,) if update.carried is None else update.carried.stored
+        seen = multi_tensor.observe(self._observed, [group], states, [param.grad], weights, carriers)
         plan = self._singles.get(id(param))
         if plan is None or not plan.holds(seen, self._select):
             plan = self._plan_of([update], unscaling, capture=False)

@@ -153,8 +153,7 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _take_over_factored(self, plan: Plan) -> None:
         """Puts the bases that were found in this step's factors into the state, and tells the layers."""
         try:
-            if factored.take_over_bases(self._findings, self.state, self._backend):
-                self._plan = None
+            factored.take_over_bases(self._findings, self.state, self._backend)
             told, call = self._told
             if plan is not told or self._counters.calls >= call:
                 self._told = plan, factored.tell_layers(plan.factored, self.state, self._counters)
@@ -209,10 +208,7 @@ class SteppingOptimizer(UpdatingOptimizer):
         for update, found, step in self._pending.finished():
             state = self.state.get(update.param)
             if state:  # else somebody has removed it
-                changed = changes(update, state, found, step, self._backend)
-                take_over(state, changed)
-                if "step" in changed:
-                    self._plan = None
+                take_over(state, changes(update, state, found, step, self._backend))
 
     def _planned(self, unscaling: Unscaling) -> tuple[Plan, list[Tensor | None], bool]:
         """The step's plan, all parameters' gradients, and whether a CUDA graph is being captured. Changes nothing."""
@@ -246,7 +242,7 @@ class SteppingOptimizer(UpdatingOptimizer):
         return Plan(updates, self.state, backends, options, self._counters, capturing=capture)
 
     def _observe(self, grads: list[Tensor | None]) -> object:
-        weights = [gradient.weight for gradient in self._carried]
+        weights = [tensor for gradient in self._carried for tensor in gradient.stored]
         carriers = {id(gradient.carrier) for gradient in self._prepared}
         return multi_tensor.observe(self._observed, self.param_groups, self.state, grads, weights, carriers)
 

@@ -95,7 +95,7 @@ class UpdatingOptimizer(Optimizer):
             try:
                 some.run(grads, options)
             except BaseException:
-                if some.counted() != before:  # an interrupt that came while its one call ran
+                if some.counted() != before:  # an interrupt that came while it ran
                     finished += some.params
                 raise
             finished += some.params
@@ -193,8 +193,8 @@ class UpdatingOptimizer(Optimizer):
                 finished.append(param)
             if taken and search is not None:
                 self._pending.keep(update, search, step)
-            if "step" in changed or changed.get("refreshes") == 1:
-                self._plan = None  # other seeds, or a first basis, so that it can be grouped with others
+            if changed.get("refreshes") == 1:
+                self._plan = None  # with a first basis it can be grouped with others
         if param in self.state and self._select(param.device).group is not None:
             skipped = self._counters.note(state, steps, skipped, skips)
         return skipped, skips

@@ -101,5 +101,6 @@ register(
         describe=_native.build_info,
         group=Group,
         grouped=ADAM_OPERATIONS | ADAFACTOR_OPERATIONS,
+        group_is_one_call=True,
     )
 )

@@ -27,6 +27,7 @@ class Adafactor(Rule):
     own_keys = ("eps", "clip_threshold", "decay_rate", "beta1", *_SWITCHES)
     moment_names = MOMENTS
     served_by = "galore_adafactor_update"
+    full_rank = "adafactor_update"
 
     def __repr__(self) -> str:
         return "factored float32 moments"
@@ -110,7 +111,7 @@ class Adafactor(Rule):
         own = self.tensors(state)
         if layout.side is None:
             # The backends of devices have the projected step alone.
-            named = backend if registry.implements("adafactor_update", backend) else "reference"
+            named = backend if registry.implements(self.full_rank, backend) else "reference"
             ops.adafactor_update(weight, grad, own, options, backend=named)
             return
         operation = ops.lowrank_adafactor_update if is_lowrank else ops.galore_adafactor_update
@@ -130,7 +131,7 @@ class Adafactor(Rule):
 
     def operation(self, layout: Layout, *, is_lowrank: bool) -> str:
         if layout.side is None:
-            return "adafactor_update"
+            return self.full_rank
         return "lowrank_adafactor_update" if is_lowrank else "galore_adafactor_update"
 
     def tensors(self, state: Mapping[str, Any]) -> ops.AdafactorState:

@@ -29,6 +29,7 @@ class Rule(ABC):
         moment_names: the state's entries that ``moments_on_refresh="reset"`` sets back.
         takes_lowrank: whether the projected gradient is all it needs of one.
         served_by: the operation whose backend is the optimizer's.
+        full_rank: the operation for everything else; "reference" has it if that backend hasn't.
     """
 
     own_keys: tuple[str, ...]
@@ -36,6 +37,7 @@ class Rule(ABC):
     moment_names: tuple[str, ...]
     takes_lowrank = True
     served_by = "galore_update"
+    full_rank = "adam8bit_update"
 
     @property
     def keys(self) -> tuple[str, ...]:
