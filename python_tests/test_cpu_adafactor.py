@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tolerances
 import torch
 from native_calls import check_guard, guarded
 from optimizer_cases import assert_same_snapshot, make_params, set_grads, snapshot, train
@@ -103,6 +104,27 @@ def test_moments_that_are_not_finite_change_nothing() -> None:
             assert got.state.skipped.item() == 1
             assert_same_state(replace(got.state, skipped=p.state.skipped), p.state)
             moment.copy_(kept)
+
+
+def test_an_update_whose_size_is_not_finite_changes_nothing() -> None:
+    p = full_rank((37, 53), **FIXED, decay_rate=-20.0, step=10**6, beta1=0.9)  # so that the means stay what they are
+    row, col = p.state.exp_avg_sq_row, p.state.exp_avg_sq_col
+    assert row is not None
+    assert col is not None
+    row[5], col[7], p.grad[5, 7] = 1e-37, 1e-37, 1e3
+    got = p.solved("cpu")
+    assert_same_bits(got.param, p.param, "param")
+    assert got.state.skipped.item() == 1
+    assert_same_state(replace(got.state, skipped=p.state.skipped), p.state)
+
+
+def test_the_size_of_an_int8_weight_is_that_of_all_its_groups() -> None:
+    p = of_codes()
+    assert p.weight_scale is not None
+    p.weight_scale[:, 1] *= 50
+    got, expected = p.solved("cpu"), p.solved("reference")
+    assert (got.param == expected.param).float().mean() >= tolerances.EQUAL_INT8_CODES
+    assert (expected.param[:, :256] != p.param[:, :256]).float().mean() > 0.5
 
 
 def test_found_inf_leaves_all_as_it_is() -> None:
