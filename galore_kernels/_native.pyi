@@ -154,6 +154,7 @@ class CpuBatch:
         long_basis: int,
         long_basis_dtype: int,
         kept: int,
+        gradient: tuple[int, int, int],
     ) -> None: ...
     def scratch_bytes(self, threads: int) -> int: ...
 
@@ -169,6 +170,33 @@ class CpuScalars:
         maximize: bool,
     ) -> None: ...
 
+class CpuAdafactorScalars:
+    def __init__(
+        self,
+        lr: float,
+        eps1: float,
+        eps2: float,
+        clip_threshold: float,
+        decay_rate: float,
+        beta1: float,
+        weight_decay: float,
+        scale_parameter: bool,
+        relative_step: bool,
+        warmup_init: bool,
+        inv_grad_scale: float,
+        maximize: bool,
+    ) -> None: ...
+
+def cpu_adafactor_update(
+    batch: CpuBatch,
+    gradients: Sequence[int],
+    grad_dtype: int,
+    scalars: CpuAdafactorScalars,
+    scale: float,
+    is_projected: bool,
+    scratch: int,
+    threads: int,
+) -> None: ...
 def cpu_adam_update(
     batch: CpuBatch, gradients: Sequence[int], grad_dtype: int, scalars: CpuScalars, threads: int
 ) -> None: ...

@@ -12,7 +12,7 @@ import torch
 from optimizer_cases import OPTIONS, assert_same_snapshot, clone_params, make_params, set_grads, snapshot
 from torch import Tensor, nn
 
-from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdam8bit
+from galore_kernels import APOLLOFusedAdam8bit, GaLoreFusedAdafactor, GaLoreFusedAdam8bit
 from galore_kernels.ops import registry
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import GroupUpdate, UpdateGroup
@@ -168,6 +168,17 @@ def apollo(params: Params, backend: str) -> LowRankOptimizer:
     return APOLLOFusedAdam8bit(groups, **{**OPTIONS, "stochastic_rounding": True, "project_nd": True}, backend=backend)
 
 
+def adafactor(params: Params, backend: str) -> LowRankOptimizer:
+    """A learning rate with a first moment, and steps relative to the weights through a quantized basis."""
+    own: list[dict[str, Any]] = [
+        {"rank": 8, "beta1": 0.9, "lr": 0.01, "relative_step": False, "clip_threshold": 0.5, "maximize": True},
+        {"rank": 6, "warmup_init": True, "basis_format": "int8", "moments_on_refresh": "keep"},
+    ]
+    groups = [{"params": [p for n, p in params.items() if int(n[-1]) // 2 == i], **own[i]} for i in range(2)]
+    options = {key: value for key, value in OPTIONS.items() if key not in ("lr", "betas", "eps")}
+    return GaLoreFusedAdafactor(groups, **options, stochastic_rounding=True, project_nd=True, backend=backend)
+
+
 def pair(make: Make = plain, dtype: torch.dtype = torch.float32) -> tuple[tuple[LowRankOptimizer, Params], ...]:
     """Grouped, and one tensor at a time: from the same weights."""
     shapes: dict[str, tuple[int, ...]] = SHAPES
@@ -197,6 +208,7 @@ def steps(both: Sequence[tuple[LowRankOptimizer, Params]], numbers: range) -> No
                 elif step % 4 == 1 and param.dim() == 2 and index % 2:
                     param.grad = param.grad.T.contiguous().T
             for group in optimizer.param_groups:
-                group["lr"] = 0.01 / (step + 1)
+                if group["lr"] is not None:
+                    group["lr"] = 0.01 / (step + 1)
             optimizer.step()
             optimizer.zero_grad()

@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from grouping import KINDS, Make, apollo, compare, mixed, plain, steps
+from grouping import KINDS, Make, adafactor, apollo, compare, mixed, plain, steps
 from optimizer_cases import clone_params, make_params, set_grads, train
 from torch import nn
 
-from galore_kernels import GaLoreFusedAdamW, NonFiniteGradientWarning, _native, prepare
+from galore_kernels import (
+    GaLoreFusedAdafactor,
+    GaLoreFusedAdam8bit,
+    GaLoreFusedAdamW,
+    NonFiniteGradientWarning,
+    _native,
+    prepare,
+)
 from galore_kernels.optim.multi_tensor import Plan
 
 
@@ -20,12 +27,12 @@ def adamw(params: dict[str, nn.Parameter], backend: str) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [plain, adamw, mixed, apollo])
+@pytest.mark.parametrize("make", [plain, adamw, mixed, apollo, adafactor])
 def test_groups_are_bitwise_one_tensor_at_a_time(
     make: Make, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes: dict[str, tuple[int, ...]] = {f"{kind}{i}": shape for i in range(4) for kind, shape in KINDS.items()}
-    params = make_params(shapes, dtype)
+    kinds = {**KINDS, "conv": (20, 3, 3, 3)}
+    params = make_params({f"{kind}{i}": shape for i in range(4) for kind, shape in kinds.items()}, dtype)
     alone = clone_params(params)
     together, one_by_one = (make(params, "cpu"), params), (make(alone, "cpu"), alone)
     steps([together], range(7))
@@ -37,13 +44,22 @@ def test_groups_are_bitwise_one_tensor_at_a_time(
     compare((together, one_by_one))
 
 
-def test_a_step_is_one_call_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("optimizer_class", "calls"),
+    [
+        (GaLoreFusedAdam8bit, ("cpu_adam_update", "cpu_galore_update")),
+        (GaLoreFusedAdafactor, ("cpu_adafactor_update",)),
+    ],
+)
+def test_a_step_is_one_call_for_each_kind(
+    optimizer_class: Any, calls: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes: dict[str, tuple[int, ...]] = {f"{kind}{i}": shape for i in range(3) for kind, shape in KINDS.items()}
     params = make_params(shapes)
-    optimizer = plain(params, "cpu")
+    optimizer = optimizer_class(params.values(), rank=8, backend="cpu")
     train(optimizer, params, range(2))
     counts: list[int] = []
-    for name in ("cpu_adam_update", "cpu_galore_update"):
+    for name in calls:
         original = getattr(_native, name)
 
         def counted(batch: Any, gradients: list[int], *args: Any, original: Any = original) -> None:
@@ -56,9 +72,10 @@ def test_a_step_is_one_call_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> No
     assert counts == [3] * len(KINDS)
 
 
-def test_one_of_a_group_is_skipped_and_the_others_are_not() -> None:
+@pytest.mark.parametrize("optimizer_class", [GaLoreFusedAdam8bit, GaLoreFusedAdafactor])
+def test_one_of_a_group_is_skipped_and_the_others_are_not(optimizer_class: Any) -> None:
     params = make_params({f"tall{i}": (300, 20) for i in range(3)})
-    optimizer = plain(params, "cpu")
+    optimizer = optimizer_class(list(params.items()), rank=8, backend="cpu")
     train(optimizer, params, range(3))
     before = {name: param.detach().clone() for name, param in params.items()}
     set_grads(params, 3)

@@ -144,7 +144,14 @@ def test_workspace_grows_with_threads_and_counts_in_64_bits() -> None:
 
 #: Of one tensor without elements.
 BATCH: dict[str, Any] = {"rows": 0, "cols": 0, "moments": 0, "rank": 1, "side": 0, "weight_dtype": 0, "basis_dtype": 0}
-BATCH |= {"magnitudes": 0, "stochastic": False, "long_basis": 0, "long_basis_dtype": 0, "kept": 0}
+BATCH |= {
+    "magnitudes": 0,
+    "stochastic": False,
+    "long_basis": 0,
+    "long_basis_dtype": 0,
+    "kept": 0,
+    "gradient": (0, 0, 0),
+}
 
 
 def batch(row: dict[int, int] | None = None, **changed: Any) -> Any:
@@ -161,6 +168,7 @@ def batch(row: dict[int, int] | None = None, **changed: Any) -> Any:
         ({}, {"moments": -1}, "moments=-1: expected 0 or more"),
         ({}, {"rank": -1}, "rank=-1: expected 0 or more"),
         ({}, {"kept": -1}, "kept=-1: expected 0 or more"),
+        ({}, {"gradient": (1, -1, 1)}, "gradient=-1: expected 0 or more"),
         ({}, {"side": 2}, "side=2: expected 0"),
         ({}, {"weight_dtype": 4}, "param_dtype=4: expected 0"),
         ({}, {"basis_dtype": 5}, "basis_dtype=5: expected 0"),
@@ -195,3 +203,16 @@ def test_an_update_names_what_does_not_fit(name: str) -> None:
     if name == "cpu_apollo_update":
         with pytest.raises(ValueError, match="scaled_norm: expected an address, got 0"):
             function(name)(batch(), [0], 0, scalars, *rest, 1)
+
+
+def test_adafactor_s_update_names_what_does_not_fit() -> None:
+    scalars = _native.CpuAdafactorScalars(0.1, 0.0, 0.0, 1.0, -0.8, 0.0, 0.0, False, False, False, 1.0, False)
+    rest: tuple[Any, ...] = scalars, 1.0, False, 0, 1
+    run = function("cpu_adafactor_update")
+    with pytest.raises(ValueError, match="gradients: expected 1, one of each tensor, got 2"):
+        run(batch(), [0, 0], 0, *rest)
+    with pytest.raises(ValueError, match="gradient: expected matrices of 6 elements together, got 8"):
+        run(batch(moments=6, gradient=(2, 2, 2)), [0], 0, *rest)
+    for row in ({}, {4: 64}, {3: 64, 4: 64, 5: 64}):  # none; of the rows alone; both kinds
+        with pytest.raises(ValueError, match="exp_avg_sq: expected its address, or those of its means"):
+            run(batch(row, moments=6, gradient=(1, 2, 3)), [0], 0, *rest)

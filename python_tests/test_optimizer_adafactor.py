@@ -183,6 +183,20 @@ def test_layerwise_sums_of_projections_make_the_steps_of_sums_of_gradients(optio
         assert not torch.allclose(param, model.get_parameter(name), atol=1e-3)
 
 
+@pytest.mark.parametrize(("options", "lr"), [({}, 0.1), (GIVEN, None)])
+def test_a_learning_rate_that_does_not_belong_there_is_seen_in_every_step(options: dict[str, Any], lr: Any) -> None:
+    params = make_params()
+    optimizer = GaLoreFusedAdafactor(params.values(), **OWN, **options)
+    train(optimizer, params, range(5))
+    before = snapshot(optimizer, params)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"lr=.* in param group 0: expected .* relative_step"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = options.get("lr")
+    assert_same_snapshot(snapshot(optimizer, params), before)
+    optimizer.step()
+
+
 # ---------------------------------------------------------------------- state
 
 

@@ -8,10 +8,10 @@ namespace gk {
 struct TensorRow {
     void* param;
     const void* basis;
-    void* m;
-    void* v;
-    float* m_absmax;
-    float* v_absmax;
+    void* m;                   // Adam's moments; or Adafactor's first one, its second one if it is kept whole,
+    void* v;                   //
+    float* m_absmax;           // and else its means over rows
+    float* v_absmax;           // and over columns
     const float* basis_scale;  // of the columns; null unless the basis is quantized
     float* weight_scale;       // of a row's groups of 256; null unless the weight is int8
     float* step;

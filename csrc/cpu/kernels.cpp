@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 
+#include "adafactor.h"
 #include "adam_update.h"
 #include "back_project_update.h"
 #include "project.h"
@@ -53,6 +54,8 @@ const Kernels kernels = {GK_STRING(GK_ISA),
                          row_squares,
                          gradient_factors,
                          scaled_gradient_update,
+                         sum_of_squares,
+                         adafactor_direction,
                          random_bits};
 
 }  // namespace gk::cpu::GK_ISA

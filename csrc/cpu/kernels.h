@@ -4,8 +4,9 @@
 // All buffers are contiguous and row-major. The callers check them; here nothing is allocated and nothing throws.
 #pragma once
 
+#include "../core/absmax_block.h"
+#include "../core/adafactor.h"
 #include "../core/adam.h"
-#include "../core/platform.h"
 
 namespace gk::cpu {
 
@@ -69,6 +70,40 @@ struct FactorScalars {
     float previous_norm;
 };
 
+// Adafactor's gradient as matrices of one shape; a second moment that is kept whole takes any.
+struct Matrices {
+    index_t planes;
+    index_t rows;
+    index_t cols;
+};
+
+// Rows of a matrix whose columns are summed together.
+constexpr index_t kChunkRows = 64;
+inline index_t row_chunks(const Matrices& g) { return (g.rows + kChunkRows - 1) / kChunkRows; }
+
+// Sums that sum_of_squares() adds up: one of each run of elements, or of each row of int8 codes.
+constexpr index_t kSquaresPerSum = 64 * kQuantBlock;
+inline index_t square_sums(DType dtype, index_t rows, index_t cols) {
+    return dtype == DType::int8 ? rows : (rows * cols + kSquaresPerSum - 1) / kSquaresPerSum;
+}
+
+// Adafactor's moments: the first one or null, and the second, whole or as means over rows and columns.
+struct AdafactorMoments {
+    float* first;
+    float* whole;
+    float* row;
+    float* col;
+};
+
+// Of n elements in (planes, rows, cols).
+struct AdafactorScratch {
+    float* moment;       // the new second moment: n, or planes * (rows + cols)
+    float* columns;      // sums of each chunk's columns: planes * row_chunks() * cols, none of a whole second moment
+    float* col_factors;  // planes * cols, none of a whole one
+    float* row_means;    // planes, none of a whole one
+    double* partial;     // square_sums() of a float32 gradient and of the weight
+};
+
 struct Kernels {
     const char* isa;
     void (*quantize_blockwise)(const void* x, DType dtype, index_t n, bool is_signed, std::uint8_t* codes,
@@ -102,6 +137,15 @@ struct Kernels {
     // factors: of each row on the right side, of each column on the left.
     void (*scaled_gradient_update)(const Weight& weight, const void* grad, DType grad_dtype, index_t rows, index_t cols,
                                    Side side, const float* factors, const AdamCoefficients& coefficients, int threads);
+    // scale: of int8 codes. partial: square_sums() numbers.
+    double (*sum_of_squares)(const void* x, DType dtype, const float* scale, index_t rows, index_t cols,
+                             double* partial, int threads);
+    // The gradient becomes the direction, of root mean square 1 unless it is 0, and *size what that is multiplied by.
+    // Returns whether the new moments are finite and have been stored; the gradient is lost if not. alpha: the step
+    // size.
+    bool (*adafactor_direction)(float* gradient_inout, const Matrices& shape, const AdafactorMoments& moments,
+                                const AdafactorScalars& scalars, double alpha, const AdafactorScratch& scratch,
+                                double* size, int threads);
     void (*random_bits)(std::uint64_t seed, std::uint64_t stream, index_t n, std::uint16_t* out);
 };
 

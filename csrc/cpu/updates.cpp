@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 namespace gk::cpu {
 
@@ -28,7 +29,8 @@ class Scratch {
     index_t bytes_ = 0;
 };
 
-AdamScalars of_tensor(const TensorRow& row, AdamScalars scalars) {
+template <class Scalars>
+Scalars of_tensor(const TensorRow& row, Scalars scalars) {
     scalars.step = static_cast<index_t>(*row.step);
     return scalars;
 }
@@ -41,15 +43,19 @@ AdamScalars unscaled(AdamScalars scalars) {
 
 Moments moments_of(const TensorRow& row) { return Moments{row.m, row.v, row.m_absmax, row.v_absmax}; }
 
-// Stochastic rounding draws its bits from the seed and the number of the step being taken.
-Weight weight_of(const Batch& batch, const TensorRow& row, const AdamScalars& scalars) {
-    const WeightRounding rounding{batch.stochastic, row.seed, static_cast<std::uint64_t>(scalars.step) + 1};
+AdafactorMoments adafactor_moments_of(const TensorRow& row) {
+    return {static_cast<float*>(row.m), static_cast<float*>(row.v), row.m_absmax, row.v_absmax};
+}
+
+// Stochastic rounding draws its bits from the seed and the number of the step being taken. step: those before it.
+Weight weight_of(const Batch& batch, const TensorRow& row, index_t step) {
+    const WeightRounding rounding{batch.stochastic, row.seed, static_cast<std::uint64_t>(step) + 1};
     return Weight{row.param, batch.weight_dtype, rounding, row.weight_scale};
 }
 
 // Runs update(row, gradient, scalars) for each tensor, and counts what it returns: whether it has changed the tensor.
-template <class Update>
-void for_each_tensor(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, const Update& update) {
+template <class Scalars, class Update>
+void for_each_tensor(const Batch& batch, const Gradients& gradients, const Scalars& scalars, const Update& update) {
     for (std::size_t i = 0; i < batch.tensors.size(); ++i) {
         const TensorRow& row = batch.tensors[i];
         if (update(row, gradients.data[i], of_tensor(row, scalars))) {
@@ -91,9 +97,13 @@ class Subspace {
 
     // Adam on lowrank(), and the direction's way into the weight.
     void update(const TensorRow& row, const AdamScalars& scalars, double scale) {
-        const Kernels& kernels = selected_kernels();
-        kernels.lowrank_adam(lowrank(), batch_.moments, moments_of(row), adam_coefficients(unscaled(scalars), 1.0),
-                             threads_);
+        selected_kernels().lowrank_adam(lowrank(), batch_.moments, moments_of(row),
+                                        adam_coefficients(unscaled(scalars), 1.0), threads_);
+        back_project(row, scalars.step, adam_coefficients(scalars, scale));
+    }
+
+    // The way of the direction, which is in lowrank(), into the weight.
+    void back_project(const TensorRow& row, index_t step, const AdamCoefficients& coefficients) {
         const float* direction = lowrank();
         if (batch_.long_basis != nullptr) {
             project(batch_.long_basis, batch_.long_basis_dtype, of_long_side(Side::right, lowrank()), 1.0f, wide_,
@@ -102,8 +112,8 @@ class Subspace {
         }
         const Projection p{batch_.rows,        batch_.cols, batch_.side,    row.basis,
                            batch_.basis_dtype, batch_.rank, row.basis_scale};
-        kernels.back_project_update(weight_of(batch_, row, scalars), p, direction, adam_coefficients(scalars, scale),
-                                    workspace_, threads_);
+        selected_kernels().back_project_update(weight_of(batch_, row, step), p, direction, coefficients, workspace_,
+                                               threads_);
     }
 
  private:
@@ -144,11 +154,41 @@ struct Sums {
     std::uint16_t* drawn;
 };
 
+// What Adafactor's step takes beside the projected gradient; at full rank the gradient too.
+struct AdafactorPieces : AdafactorScratch {
+    AdafactorPieces(const Batch& batch, Scratch& scratch) {
+        const Matrices& g = batch.gradient;
+        const bool factored = !batch.tensors.empty() && batch.tensors.front().v == nullptr;
+        const index_t columns = factored ? g.planes * g.cols : 0;
+        gradient = scratch.take<float>(batch.rank == 0 ? batch.moments : 0);
+        factors = scratch.take<float>(batch.rank == 0 ? g.planes * g.rows : 0);
+        moment = scratch.take<float>(factored ? g.planes * g.rows + columns : batch.moments);
+        this->columns = scratch.take<float>(columns * row_chunks(g));
+        col_factors = scratch.take<float>(columns);
+        row_means = scratch.take<float>(factored ? g.planes : 0);
+        partial = scratch.take<double>(std::max(square_sums(DType::float32, batch.moments, 1),
+                                                square_sums(batch.weight_dtype, batch.rows, batch.cols)));
+    }
+
+    float* gradient;
+    float* factors;  // of the rows of all matrices
+};
+
+// The coefficients that the stages writing weights read.
+AdamCoefficients coefficients_of(const AdafactorChange& change) {
+    AdamCoefficients c{};
+    c.gradient_scale = 1.0f;
+    c.step_size = static_cast<float>(change.size);
+    c.decay = static_cast<float>(change.decay);
+    return c;
+}
+
 }  // namespace
 
 index_t scratch_bytes(const Batch& batch, int threads) {
-    if (batch.rank == 0) return 0;
     Scratch scratch(nullptr);
+    if (batch.gradient.planes != 0) AdafactorPieces(batch, scratch);
+    if (batch.rank == 0) return scratch.bytes();
     Subspace(batch, scratch, threads);
     if (!batch.tensors.empty() && batch.tensors.front().scaled_norm != nullptr) Sums(batch, scratch);
     return scratch.bytes();
@@ -159,7 +199,7 @@ void adam_update(const Batch& batch, const Gradients& gradients, const AdamScala
     const auto factor = static_cast<float>(scalars.inv_grad_scale);
     for_each_tensor(batch, gradients, scalars, [&](const TensorRow& row, const void* gradient, const AdamScalars& own) {
         if (!kernels.scale_and_check(gradient, gradients.dtype, batch.moments, factor, nullptr, threads)) return false;
-        kernels.adam_update(weight_of(batch, row, own), gradient, gradients.dtype, moments_of(row), batch.moments,
+        kernels.adam_update(weight_of(batch, row, own.step), gradient, gradients.dtype, moments_of(row), batch.moments,
                             adam_coefficients(own, 1.0), threads);
         return true;
     });
@@ -217,10 +257,56 @@ void apollo_update(const Batch& batch, const Gradients& gradients, const AdamSca
         with_norm.previous_norm = *row.scaled_norm;
         *row.scaled_norm = kernels.gradient_factors({sums.of_direction, sums.of_lowrank, sums.squares}, long_size,
                                                     with_norm, own, sums.factors);
-        kernels.scaled_gradient_update(weight_of(batch, row, own), gradient, gradients.dtype, batch.rows, batch.cols,
-                                       batch.side, sums.factors, adam_coefficients(own, 1.0), threads);
+        kernels.scaled_gradient_update(weight_of(batch, row, own.step), gradient, gradients.dtype, batch.rows,
+                                       batch.cols, batch.side, sums.factors, adam_coefficients(own, 1.0), threads);
         return true;
     });
+}
+
+void adafactor_update(const Batch& batch, const Gradients& gradients, const AdafactorScalars& scalars, double scale,
+                      bool is_projected, void* scratch, int threads) {
+    const Kernels& kernels = selected_kernels();
+    const index_t elements = batch.rows * batch.cols;
+    const double factor = scalars.maximize ? -scalars.inv_grad_scale : scalars.inv_grad_scale;
+    Scratch pieces(scratch);
+    const AdafactorPieces own_pieces(batch, pieces);
+    std::optional<Subspace> subspace;
+    if (batch.rank != 0) subspace.emplace(batch, pieces, threads);
+    float* g = subspace ? subspace->lowrank() : own_pieces.gradient;
+    const auto update = [&](const TensorRow& row, const void* gradient, const AdafactorScalars& own) {
+        if (elements == 0) return true;
+        const bool representable =
+            subspace && !is_projected
+                ? subspace->project(gradient, gradients.dtype, row.basis, row.basis_scale, factor, nullptr)
+                : kernels.scale_and_check(gradient, gradients.dtype, batch.moments, static_cast<float>(factor), g,
+                                          threads);
+        if (!representable) return false;
+        double weight_size = 0.0;
+        if (own.scale_parameter) {
+            const double squares = kernels.sum_of_squares(row.param, batch.weight_dtype, row.weight_scale, batch.rows,
+                                                          batch.cols, own_pieces.partial, threads);
+            weight_size = std::sqrt(squares / static_cast<double>(elements));
+        }
+        const double alpha = adafactor_step_size(own, weight_size);
+        double size = 0.0;
+        if (!kernels.adafactor_direction(g, batch.gradient, adafactor_moments_of(row), own, alpha, own_pieces, &size,
+                                         threads)) {
+            return false;
+        }
+        const AdafactorChange change = adafactor_change(size * scale, 1.0 - alpha * own.weight_decay);
+        const AdamCoefficients c = coefficients_of(change);
+        if (subspace) {
+            subspace->back_project(row, own.step, c);
+        } else {
+            const Matrices& shape = batch.gradient;
+            const index_t rows = shape.planes * shape.rows;
+            std::fill(own_pieces.factors, own_pieces.factors + rows, c.step_size);
+            kernels.scaled_gradient_update(weight_of(batch, row, own.step), g, DType::float32, rows, shape.cols,
+                                           Side::right, own_pieces.factors, c, threads);
+        }
+        return true;
+    };
+    for_each_tensor(batch, gradients, scalars, update);
 }
 
 }  // namespace gk::cpu

@@ -7,7 +7,6 @@
 
 #include <vector>
 
-#include "../core/adam.h"
 #include "../core/tensor_row.h"
 #include "kernels.h"
 
@@ -26,6 +25,7 @@ struct Batch {
     const void* long_basis;
     DType long_basis_dtype;
     index_t kept;
+    Matrices gradient;  // Adafactor's, as its second moment sees it; of the other updates empty
 
     index_t long_size() const { return side == Side::right ? rows : cols; }
     index_t short_size() const { return side == Side::right ? cols : rows; }
@@ -50,5 +50,8 @@ void lowrank_update(const Batch& batch, const Gradients& gradients, const AdamSc
 // The previous norm is each tensor's own.
 void apollo_update(const Batch& batch, const Gradients& gradients, const AdamScalars& scalars, const FactorScalars& how,
                    void* scratch, int threads);
+// Of rank 0: at full rank. is_projected: the gradients are projected already.
+void adafactor_update(const Batch& batch, const Gradients& gradients, const AdafactorScalars& scalars, double scale,
+                      bool is_projected, void* scratch, int threads);
 
 }  // namespace gk::cpu

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from galore_kernels.ops.adafactor_update import AdafactorState
 from galore_kernels.ops.adam import AdamState
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.projection import long_short
@@ -49,14 +50,14 @@ class Batch:
     """N tensors of one shape as the kernels see them.
 
     Attributes:
-        addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
-            basis_scale, weight_scale, step, skipped, the rounding seed, scaled_norm and the drawn basis' seed; 0 where
-            there is none.
+        addresses: one row for each tensor: param, basis, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax (of
+            Adafactor exp_avg_sq_row, exp_avg_sq_col), basis_scale, weight_scale, step, skipped, the rounding seed,
+            scaled_norm and the drawn basis' seed; 0 where there is none.
         gradients: the gradients' addresses; none before ``with_gradients``.
         table: both as an int64 tensor (N, TABLE_COLUMNS) on the device; None for a single tensor, whose row travels
             with the launch.
         shape: (m, n), or (elements, 1) at full rank. rank: 0 at full rank.
-        moments: elements of each moment.
+        moments: elements of each moment; of Adafactor, of the gradient or its projection.
         weight_dtype: of the weight; int8 for codes, which have a ``weight_scale``.
         basis_dtype: of the basis, or of its codes: int8, or uint8 for two 4-bit codes in a byte; bfloat16 if it is
             drawn.
@@ -115,22 +116,34 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _moments(state: AdamState | AdafactorState) -> tuple[Tensor | None, ...]:
+    if isinstance(state, AdafactorState):
+        return state.exp_avg, state.exp_avg_sq, state.exp_avg_sq_row, state.exp_avg_sq_col
+    return state.exp_avg, state.exp_avg_sq, state.exp_avg_absmax, state.exp_avg_sq_absmax
+
+
+def _elements(param: Tensor, state: AdamState | AdafactorState, rank: int) -> int:
+    """``Batch.moments``."""
+    if not isinstance(state, AdafactorState):
+        return state.exp_avg.numel()
+    if state.exp_avg_sq_row is None or rank == 0:
+        return param.numel()
+    return state.exp_avg_sq_row.numel() * rank
+
+
 def _row(
     param: Tensor,
     weight_scale: Tensor | None,
     basis: Tensor | RandomBasis | None,
     basis_scale: Tensor | None,
-    state: AdamState,
+    state: AdamState | AdafactorState,
     seed: int | None,
     scaled_norm: Tensor | None,
 ) -> tuple[int, ...]:
     tensors = (
         param,
         basis if isinstance(basis, Tensor) else None,
-        state.exp_avg,
-        state.exp_avg_sq,
-        state.exp_avg_absmax,
-        state.exp_avg_sq_absmax,
+        *_moments(state),
         basis_scale,
         weight_scale,
         state.step,
@@ -179,12 +192,12 @@ def make_batch(group: UpdateGroup, magnitudes: Tensor | None = None) -> Batch:
         shape=(param.shape[0], param.shape[1]) if basis is not None else (param.numel(), 1),
         rank=rank,
         side=group.side,
-        moments=state.exp_avg.numel(),
+        moments=_elements(param, state, rank),
         weight_dtype=param.dtype,
         grad_dtype=param.dtype,
         basis_dtype=basis_dtype,
         magnitudes=magnitudes,
-        eight_bit=state.exp_avg_absmax is not None,
+        eight_bit=isinstance(state, AdamState) and state.exp_avg_absmax is not None,
         stochastic=group.rounding_seeds is not None,
         fixed_aligned=not any(x % ALIGNMENT for x in (*pitches, *data)),
         aligned=False,

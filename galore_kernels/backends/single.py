@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
+from galore_kernels.ops.adafactor_update import AdafactorState
 from galore_kernels.ops.adam import AdamOptions, AdamState, StepOptions
 from galore_kernels.ops.apollo_update import ApolloOptions
 from galore_kernels.ops.group import UpdateGroup
@@ -16,16 +18,17 @@ class SingleUpdates(ABC):
     """``galore_kernels.ops``' updates. Weights that are not contiguous are updated in a copy and written back."""
 
     @abstractmethod
-    def update(self, group: UpdateGroup, grad: Tensor, options: AdamOptions, long_basis: Tensor | None = None) -> None:
+    def update(self, group: UpdateGroup, grad: Tensor, options: Any, long_basis: Tensor | None = None) -> None:
         """Updates the one tensor of ``group``.
 
         Args:
             grad: contiguous.
+            options: the operation's.
             long_basis: of a matrix both of whose sides are projected, which no larger group has.
         """
 
     def _run(
-        self, group: UpdateGroup, param: Tensor, grad: Tensor, options: AdamOptions, long_basis: Tensor | None = None
+        self, group: UpdateGroup, param: Tensor, grad: Tensor, options: Any, long_basis: Tensor | None = None
     ) -> None:
         try:
             self.update(group, grad.contiguous(), options, long_basis)
@@ -34,8 +37,13 @@ class SingleUpdates(ABC):
 
     def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
         """Contract: ``galore_kernels.ops.adam8bit_update``."""
+        self._at_full_rank("adam8bit_update", param, grad, state, options)
+
+    def _at_full_rank(
+        self, operation: str, param: Tensor, grad: Tensor, state: AdamState | AdafactorState, options: StepOptions
+    ) -> None:
         weight = param.contiguous()
-        group = UpdateGroup("adam8bit_update", (weight,), (state,), rounding_seeds=seeds(options))
+        group = UpdateGroup(operation, (weight,), (state,), rounding_seeds=seeds(options))
         self._run(group, param, grad, options)
 
     def galore_update(
@@ -81,8 +89,8 @@ class SingleUpdates(ABC):
         basis: Tensor,
         long_basis: Tensor | None,
         basis_scale: Tensor | None,
-        state: AdamState,
-        options: AdamOptions,
+        state: AdamState | AdafactorState,
+        options: StepOptions,
         side: str,
         scale: float,
         weight_scale: Tensor | None,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
-
-from galore_kernels.ops.adam import AdamOptions, AdamState
 
 if TYPE_CHECKING:  # which import the registry, and that this
     from galore_kernels.ops.apollo_update import ApolloOptions
     from galore_kernels.ops.random_basis import RandomBasis
+
+
+#: Operations on many tensors at once: what every backend with groups takes, and what only some do.
+ADAM_OPERATIONS = frozenset({"galore_update", "lowrank_update", "apollo_update", "adam8bit_update"})
+ADAFACTOR_OPERATIONS = frozenset({"galore_adafactor_update", "lowrank_adafactor_update", "adafactor_update"})
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,9 @@ class UpdateGroup:
     """What the updates of N tensors share, and the tensors themselves. Checked by whoever makes it.
 
     Attributes:
-        operation: "galore_update", "lowrank_update", "apollo_update" or "adam8bit_update".
+        operation: one of ``ADAM_OPERATIONS``, or of ``ADAFACTOR_OPERATIONS``.
         params: N weights, contiguous, of one shape, dtype and device.
-        states: Adam's state of each; all with 8-bit or all with float32 moments.
+        states: ``AdamState`` of each, all with 8-bit or all with float32 moments, or ``AdafactorState``.
         bases: the basis of each, contiguous, of one shape and dtype, or of "apollo_update" what is drawn, of one rank
             and family; empty at full rank.
         side: "left" or "right"; of no meaning at full rank. scale: GaLore's alpha; 1 for the other operations.
@@ -34,7 +37,7 @@ class UpdateGroup:
 
     operation: str
     params: tuple[Tensor, ...]
-    states: tuple[AdamState, ...]
+    states: tuple[Any, ...]
     bases: tuple[Tensor | RandomBasis, ...] = ()
     side: str = "right"
     scale: float = 1.0
@@ -52,14 +55,14 @@ class GroupUpdate(Protocol):
     been called while a CUDA graph was captured is for that graph alone.
     """
 
-    def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
+    def __call__(self, grads: Sequence[Tensor], options: Any) -> None:
         """Updates every tensor of the group.
 
         Raises only before the first of them has been changed, but for a kernel that can't be launched (the first step
         of its kind shows it) and for interrupts.
 
         Args:
-            grads: the gradient of each parameter, in their order: its shape (projected: that of the moments),
-                contiguous, all of one dtype. Their addresses may differ from step to step.
-            options: the scalars; ``rounding_seed`` is ignored, the group has one for each tensor.
+            grads: the gradient of each parameter, in their order: its shape (projected: (L, r)), contiguous, all of
+                one dtype. Their addresses may differ from step to step.
+            options: the operation's scalars; ``rounding_seed`` is ignored, the group has one for each tensor.
         """

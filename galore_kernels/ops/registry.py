@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from galore_kernels.ops.group import GroupUpdate, UpdateGroup
+from galore_kernels.ops.group import ADAM_OPERATIONS, GroupUpdate, UpdateGroup
 
 #: The order in which ``backend="auto"`` asks.
 AUTO_ORDER = ("cuda", "triton", "cpu", "reference")
@@ -24,6 +24,7 @@ class Backend:
         refuses: device -> the reason why this backend can't serve tensors there, or None if it can.
         describe: what ``backend_info()`` tells of it (plain data).
         group: makes the update of a group of tensors (``galore_kernels.ops.group``), or None if it takes them singly.
+        grouped: the operations of those groups.
         group_is_one_call: whether such an update is one call, which an interrupt finds done or not begun.
     """
 
@@ -32,6 +33,7 @@ class Backend:
     refuses: Callable[[torch.device], str | None]
     describe: Callable[[], dict[str, Any]]
     group: Callable[[UpdateGroup], GroupUpdate] | None = None
+    grouped: Set[str] = ADAM_OPERATIONS
     group_is_one_call: bool = False
 
 

@@ -13,7 +13,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from galore_kernels.nn import WeightCodes
-from galore_kernels.ops.adam import AdamOptions, check_adam
+from galore_kernels.ops.adafactor_update import AdafactorState, check_adafactor
+from galore_kernels.ops.adam import check_adam
 from galore_kernels.ops.apollo_update import check_apollo, check_drawn, check_norm
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.projection import check_projected_weight, check_projection
@@ -31,7 +31,6 @@ from galore_kernels.optim.counters import Counter, Counters
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import due_at
 from galore_kernels.optim.rules import Rule
-from galore_kernels.optim.state import adam_state
 from galore_kernels.optim.update import Update
 
 #: By the index of their parameters.
@@ -40,7 +39,7 @@ Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 States = Mapping[Tensor, dict[str, Any]]
 
 #: Of a state's tensors those whose memory is worth moving elsewhere; who does so moves the smaller ones with them.
-_moments = itemgetter("exp_avg", "exp_avg_sq")
+_moments = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row")
 _dtype, _shape, _layout, _is_leaf = map(attrgetter, ("dtype", "shape", "layout", "is_leaf"))
 
 #: Parameters whose memory a launch may be given. Other subclasses may hold their data elsewhere.
@@ -123,8 +122,7 @@ def observe(
         [id(value) for state in own for value in state.values() if type(value) is Tensor],
         [state.get("basis_seed") for state in own],
         [state.get("refreshes") for state in own] if resets else (),  # of which the seeds of roundings depend
-        [state.get("refreshes") for state in own] if resets else (),  # of which the seeds of roundings depend
-        list(map(Tensor.data_ptr, chain.from_iterable(map(_moments, own)))),
+        [value.data_ptr() for state in own for name in _moments if (value := state.get(name)) is not None],
     )
 
 
@@ -149,7 +147,7 @@ class PlannedGroup:
     """
 
     def __init__(
-        self, members: Sequence[Update], states: States, backend: Backend, options: AdamOptions, counters: Counters
+        self, members: Sequence[Update], states: States, backend: Backend, options: Any, counters: Counters
     ) -> None:
         if backend.group is None:
             raise ValueError(f"backend {backend.name} takes tensors one at a time")
@@ -167,10 +165,10 @@ class PlannedGroup:
         pairs = zip(members, own, strict=True)
         seeds = tuple(seed for member, state in pairs if (seed := member.rounding_seed(state)) is not None)
         group = UpdateGroup(
-            operation=operation_of(first) or "",
+            operation=operation_of(first),
             # A view would keep the memory of a parameter that has moved: none is made where the shape fits.
             params=tuple(w if self._shape is None else w.detach().view(self._shape) for w in self.weights),
-            states=tuple(map(adam_state, own)),
+            states=tuple(map(first.layout.rule.tensors, own)),
             rounding_seeds=seeds or None,
             weight_scales=tuple(scale for member in members if (scale := member.weight_scale) is not None),
             **first.layout.rule.group_fields(first.group, first.layout, own),
@@ -178,7 +176,7 @@ class PlannedGroup:
         _check(group, options)
         self._update = backend.group(group)
         self.counters = counters.watch(own)
-        self._states = own if group.operation in ("galore_update", "apollo_update") else None
+        self._states = own if side is not None and first.factored is None else None
         # The replays of a graph count unseen: then every call has to ask.
         self._always_ask = any(counter.captured for counter in self.counters)
         self._ask_at = 0
@@ -209,9 +207,7 @@ class PlannedGroup:
         """The earliest call before which one of the members may have reached its step."""
         return min(counter.call_of(step) for counter, step in zip(self.counters, steps, strict=True))
 
-    def without(
-        self, ids: Collection[int], states: States, options: AdamOptions, counters: Counters
-    ) -> PlannedGroup | None:
+    def without(self, ids: Collection[int], states: States, options: Any, counters: Counters) -> PlannedGroup | None:
         """The group of the members that are not among ``ids``; None if there are none."""
         if self.ids.isdisjoint(ids):
             return self
@@ -223,7 +219,7 @@ class PlannedGroup:
         first = self.counters[0]
         return int(first.step) + int(first.skipped) if self._backend.group_is_one_call else 0
 
-    def run(self, gradients: Gradients, options: AdamOptions) -> None:
+    def run(self, gradients: Gradients, options: Any) -> None:
         """One step of all members, each with its gradient among those of all parameters."""
         grads: list[Any] = [gradients[index] for index in self._indices]
         if self._copies:
@@ -260,7 +256,7 @@ class Plan:
         updates: Sequence[Update],
         states: States,
         backends: Mapping[torch.device, Backend],
-        options: Callable[[Mapping[str, Any], torch.device], AdamOptions],
+        options: Callable[[Mapping[str, Any], torch.device], Any],
         counters: Counters,
         *,
         capturing: bool,
@@ -294,16 +290,17 @@ class Plan:
     def reason_to_be_alone(self, update: Update, states: States) -> str | None:
         """Why ``update`` can't be part of a group in this step; None if it can."""
         state = states.get(update.param)
-        if self.backends[update.param.device].group is None:
-            return f"backend {self.backends[update.param.device].name} takes tensors one at a time"
+        backend, operation = self.backends[update.param.device], operation_of(update)
+        if backend.group is None:
+            return f"backend {backend.name} takes tensors one at a time"
         if not state:
             return "it has taken no step yet"
         if state.get("refreshes") == 0:
             return "it has no subspace yet"
         if "long_basis" in update.layout.bases:
             return "both its sides are projected"
-        if operation_of(update) is None:
-            return f"there is no {type(update.layout.rule).__name__} for several tensors"
+        if operation not in backend.grouped:
+            return f"backend {backend.name} has no {operation} for several tensors"
         if type(update.weight) not in _PLAIN_TYPES or update.weight.is_inference():
             return "it is no plain parameter"
         return None if update.weight.is_contiguous() else "it is not contiguous"
@@ -334,8 +331,8 @@ def _key(update: Update, state: Mapping[str, Any]) -> tuple[Any, ...]:
     return id(update.group), *kind, layout.rank, layout.side, layout.eight_bit, "exp_avg_absmax" in state
 
 
-def operation_of(update: Update) -> str | None:
-    """The operation of ``galore_kernels.ops`` that updates it together with others, if there is one."""
+def operation_of(update: Update) -> str:
+    """The operation of ``galore_kernels.ops`` that updates it."""
     return update.layout.rule.operation(update.layout, is_lowrank=update.factored is not None)
 
 
@@ -358,7 +355,7 @@ def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters)
             )
 
 
-def _check(group: UpdateGroup, options: AdamOptions) -> None:
+def _check(group: UpdateGroup, options: Any) -> None:
     """Raises ValueError, as the group's operation would, unless every tensor fits."""
     bases = group.bases or (None,) * len(group.params)
     scales = group.basis_scales or (None,) * len(group.params)
@@ -371,10 +368,12 @@ def _check(group: UpdateGroup, options: AdamOptions) -> None:
             check_norm(group.operation, param, norm)
     for param, state, basis, basis_scale, weight_scale, seed in each:
         check_projected_weight(group.operation, param, weight_scale, replace(options, rounding_seed=seed))
-        numel = param.numel()
+        shape = tuple(param.shape)
         if isinstance(basis, RandomBasis):
-            numel = math.prod(check_drawn(group.operation, param, basis, group.side))
+            shape = check_drawn(group.operation, param, basis, group.side)
         elif basis is not None:
             shape = check_projection(group.operation, param, basis, None, basis_scale, group.side, group.scale)
-            numel = math.prod(shape)
-        check_adam(group.operation, param, numel, state, options)
+        if isinstance(state, AdafactorState):
+            check_adafactor(group.operation, param, shape, state, options)
+        else:
+            check_adam(group.operation, param, math.prod(shape), state, options)

@@ -56,8 +56,6 @@ class OneByOne(SteppingOptimizer):
     def _single_plan(self, update: Update, unscaling: Unscaling) -> Plan:
         param, state = update.param, self.state.get(update.param)
         states = {} if state is None else {param: state}
-        if multi_tensor.operation_of(update) is None:
-            return self._plan_of([update], unscaling, capture=False)
         group = {**update.group, "params": [param]}
         carriers = {id(param)} if update.factored is not None else ()
         weights = (param,) if update.carried is None else update.carried.stored

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from galore_kernels import ops
 from galore_kernels.nn import LowRankGradient, Pairs, carried_gradient_of
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
 from galore_kernels.optim.multi_tensor import Plan
-from galore_kernels.optim.options import check_lr, check_param, check_scheduled
+from galore_kernels.optim.options import check_param, check_scheduled
 from galore_kernels.optim.processes import factors_of
 from galore_kernels.optim.refresh import (
     changes,
@@ -221,7 +220,7 @@ class SteppingOptimizer(UpdatingOptimizer):
             and plan.holds(self._observe(grads), self._select)
         ):
             for index, group in enumerate(self.param_groups):
-                check_lr(group, f"param group {index}")
+                self.rule.check_lr(group, f"param group {index}")
             self._plan = plan
             return plan, grads, False
         updates = self._collect(unscaling)
@@ -237,7 +236,7 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _plan_of(self, updates: list[Update], unscaling: Unscaling, *, capture: bool) -> Plan:
         backends = {update.param.device: self._select(update.param.device) for update in updates}
 
-        def options(group: Mapping[str, Any], device: torch.device) -> ops.AdamOptions:
+        def options(group: Mapping[str, Any], device: torch.device) -> Any:
             return self._options(group, device, unscaling, capture=capture)
 
         return Plan(updates, self.state, backends, options, self._counters, capturing=capture)

@@ -142,19 +142,19 @@ def _our_update(settings: Settings, params: Sequence[Parameter]) -> int:
 
 
 def _our_adafactor_update(settings: Settings, params: Sequence[Parameter]) -> int:
-    """Of one matrix R, u = R over the root of its second moment, and u over its size, in float32.
+    """Of one matrix R in float32, at full rank the gradient; on a CPU it becomes the direction in place.
 
-    At full rank the same of the gradient, which is there if it is float32. On a GPU, once u is gone, also the change,
-    the decayed weight and the new one, and of a 16-bit weight the old one.
+    On a GPU also u = R over the root of its second moment, and u over its size. At full rank the same of the gradient,
+    which is there if it is float32; and once u is gone, also the change, the decayed weight and the new one, and of a
+    16-bit weight the old one.
     """
-    on_cpu, is_wide = settings.device == "cpu", settings.dtype == torch.float32
 
     def scratch(param: Parameter) -> int:
+        if settings.device == "cpu":
+            return _our_scratch(settings, param) if param.projected else param.matrix.numel * _FLOAT
         if param.projected:
-            native = _our_native(settings, param) if on_cpu else 0
-            return 3 * _low_rank(settings, param.matrix) * _FLOAT + native
-        copies = (2 if is_wide else 3) if on_cpu else (4 if is_wide else 6)
-        return copies * param.matrix.numel * _FLOAT
+            return 3 * _low_rank(settings, param.matrix) * _FLOAT
+        return (4 if settings.dtype == torch.float32 else 6) * param.matrix.numel * _FLOAT
 
     return max(map(scratch, params))
 

@@ -1,7 +1,6 @@
 """The native CPU backend: threaded, vectorised C++ (``csrc/cpu``), reached through addresses and sizes.
 
 An update is one call, for one tensor or for many of one shape, and is done or not done when an interrupt arrives.
-Adafactor's, whose step in the subspace is the reference's, is made of stages.
 """
 
 from __future__ import annotations
@@ -10,15 +9,11 @@ import torch
 from torch import Tensor
 
 from galore_kernels import _native
-from galore_kernels.backends.cpu.adafactor import (
-    adafactor_update,
-    galore_adafactor_update,
-    lowrank_adafactor_update,
-)
 from galore_kernels.backends.cpu.arguments import address, typed, workspace_bytes
 from galore_kernels.backends.cpu.updates import Group, Single, bf16_magnitudes
 from galore_kernels.backends.reference.rotate_moments import rotate_moments as rotate_both_sides
 from galore_kernels.ops.adam import AdamState
+from galore_kernels.ops.group import ADAFACTOR_OPERATIONS, ADAM_OPERATIONS
 from galore_kernels.ops.random_basis import RandomBasis
 from galore_kernels.ops.registry import Backend, register
 from galore_kernels.quantizers import block_count
@@ -98,13 +93,14 @@ register(
             "rotate_moments": rotate_moments,
             "random_basis": random_basis,
             "apollo_update": _single.apollo_update,
-            "adafactor_update": adafactor_update,
-            "galore_adafactor_update": galore_adafactor_update,
-            "lowrank_adafactor_update": lowrank_adafactor_update,
+            "adafactor_update": _single.adafactor_update,
+            "galore_adafactor_update": _single.galore_adafactor_update,
+            "lowrank_adafactor_update": _single.lowrank_adafactor_update,
         },
         refuses=_refuses,
         describe=_native.build_info,
         group=Group,
+        grouped=ADAM_OPERATIONS | ADAFACTOR_OPERATIONS,
         group_is_one_call=True,
     )
 )

@@ -1,17 +1,20 @@
-"""Adam's, GaLore's and APOLLO's updates: one native call for all tensors of a group."""
+"""The updates of every optimizer: one native call for all tensors of a group."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_kernels import _native
 from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES, make_batch
+from galore_kernels.backends.cpu.adafactor import adafactor_scalars, gradient_shape
 from galore_kernels.backends.cpu.arguments import address, found_inf, inverse_grad_scale, typed
 from galore_kernels.backends.single import SingleUpdates
+from galore_kernels.ops.adafactor_update import AdafactorOptions, AdafactorState
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.random_basis import RandomBasis, magnitudes
@@ -43,10 +46,19 @@ class Group:
             batch.stochastic,
             *(typed(long_basis) if long_basis is not None else (0, 0)),
             long_basis.shape[1] if long_basis is not None else 0,
+            gradient_shape(group, batch.moments, batch.rank),
         )
 
-    def __call__(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
+    def __call__(self, grads: Sequence[Tensor], options: AdamOptions | AdafactorOptions) -> None:
         if found_inf(options):
+            return
+        gradients = [grad.data_ptr() for grad in grads], DTYPE_CODES[grads[0].dtype]
+        operation, apollo, threads = self._group.operation, self._group.apollo, torch.get_num_threads()
+        scratch = torch.empty(self._batch.scratch_bytes(threads), dtype=torch.uint8)
+        rest = scratch.data_ptr(), threads
+        if isinstance(options, AdafactorOptions):
+            own, is_projected = adafactor_scalars(options), operation == "lowrank_adafactor_update"
+            _native.cpu_adafactor_update(self._batch, *gradients, own, self._group.scale, is_projected, *rest)
             return
         scalars = _native.CpuScalars(
             float(options.lr),
@@ -57,10 +69,6 @@ class Group:
             inverse_grad_scale(options),
             options.maximize,
         )
-        gradients = [grad.data_ptr() for grad in grads], DTYPE_CODES[grads[0].dtype]
-        operation, apollo, threads = self._group.operation, self._group.apollo, torch.get_num_threads()
-        scratch = torch.empty(self._batch.scratch_bytes(threads), dtype=torch.uint8)
-        rest = scratch.data_ptr(), threads
         if operation == "adam8bit_update":
             _native.cpu_adam_update(self._batch, *gradients, scalars, threads)
         elif apollo is not None:
@@ -75,5 +83,17 @@ class Group:
 class Single(SingleUpdates):
     """The operations on one tensor."""
 
-    def update(self, group: UpdateGroup, grad: Tensor, options: AdamOptions, long_basis: Tensor | None = None) -> None:
+    def update(self, group: UpdateGroup, grad: Tensor, options: Any, long_basis: Tensor | None = None) -> None:
         Group(group, long_basis)((grad,), options)
+
+    def adafactor_update(self, param: Tensor, grad: Tensor, state: AdafactorState, options: AdafactorOptions) -> None:
+        """Contract: ``galore_kernels.ops.adafactor_update``."""
+        self._at_full_rank("adafactor_update", param, grad, state, options)
+
+    def galore_adafactor_update(self, *arguments: Any) -> None:
+        """Contract: ``galore_kernels.ops.galore_adafactor_update``."""
+        self._through_subspace("galore_adafactor_update", *arguments)
+
+    def lowrank_adafactor_update(self, *arguments: Any) -> None:
+        """Contract: ``galore_kernels.ops.lowrank_adafactor_update``."""
+        self._through_subspace("lowrank_adafactor_update", *arguments)

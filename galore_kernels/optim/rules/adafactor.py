@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from galore_kernels import ops
 from galore_kernels.ops import registry
 from galore_kernels.ops.adafactor_update import MOMENTS, moment_shapes
-from galore_kernels.optim.options import check_lr, expect, number
-from galore_kernels.optim.rules.rule import Rule, Spec
+from galore_kernels.optim.options import expect, number
+from galore_kernels.optim.rules.rule import Rule, Spec, projected_fields
 
 if TYPE_CHECKING:
     from galore_kernels.optim.state import Layout
@@ -35,15 +35,10 @@ class Adafactor(Rule):
     def check(self, group: Mapping[str, Any], where: str) -> None:
         for key in _SWITCHES:
             expect(where, key, group[key], isinstance(group[key], bool), "True or False", "pass a bool")
-        relative, lr, warmup = group["relative_step"], group["lr"], group["warmup_init"]
-        if relative:
-            remedy = "pass relative_step=False with a learning rate, or none"
-            expect(where, "lr", lr, lr is None, "None with relative_step=True", remedy)
-        else:
-            remedy = "pass one, or relative_step=True"
-            expect(where, "lr", lr, lr is not None, "a learning rate with relative_step=False", remedy)
-            check_lr(group, where)
-            expect(where, "warmup_init", warmup, not warmup, "False with relative_step=False", "warm lr up instead")
+        self.check_lr(group, where)
+        relative, warmup = group["relative_step"], group["warmup_init"]
+        possible_warmup = relative or not warmup
+        expect(where, "warmup_init", warmup, possible_warmup, "False with relative_step=False", "warm lr up instead")
         eps, clip, rate, beta1 = group["eps"], group["clip_threshold"], group["decay_rate"], group["beta1"]
         pair = isinstance(eps, (tuple, list)) and len(eps) == 2
         ok = pair and all((e := number(value)) is not None and 0.0 <= e < math.inf for value in eps)
@@ -61,6 +56,16 @@ class Adafactor(Rule):
         moments, one = group["moments_on_refresh"], " or ".join(map(repr, possible))
         if moments in ("rotate", "reset"):
             expect(where, "moments_on_refresh", moments, moments in possible, one, '"keep" is the default')
+
+    def check_lr(self, group: Mapping[str, Any], where: str) -> None:
+        lr = group["lr"]
+        if group["relative_step"]:
+            remedy = "pass relative_step=False with a learning rate, or none"
+            expect(where, "lr", lr, lr is None, "None with relative_step=True", remedy)
+        else:
+            remedy = "pass one, or relative_step=True"
+            expect(where, "lr", lr, lr is not None, "a learning rate with relative_step=False", remedy)
+            super().check_lr(group, where)
 
     def has_first_moment(self, group: Mapping[str, Any]) -> bool:
         return group["beta1"] is not None
@@ -103,7 +108,7 @@ class Adafactor(Rule):
         weight_scale: Tensor | None,
         backend: str,
     ) -> None:
-        own = ops.AdafactorState.of(state)
+        own = self.tensors(state)
         if layout.side is None:
             # The backends of devices have the projected step alone.
             named = backend if registry.implements(self.full_rank, backend) else "reference"
@@ -124,5 +129,15 @@ class Adafactor(Rule):
             backend=backend,
         )
 
-    def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
-        return None
+    def operation(self, layout: Layout, *, is_lowrank: bool) -> str:
+        if layout.side is None:
+            return self.full_rank
+        return "lowrank_adafactor_update" if is_lowrank else "galore_adafactor_update"
+
+    def tensors(self, state: Mapping[str, Any]) -> ops.AdafactorState:
+        return ops.AdafactorState.of(state)
+
+    def group_fields(
+        self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        return projected_fields(group, layout, states)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from galore_kernels import ops
 from galore_kernels.ops.adam import AdamState
-from galore_kernels.optim.options import check_lr, expect, expect_number, number
-from galore_kernels.optim.rules.rule import Rule, Spec
+from galore_kernels.optim.options import expect, expect_number, number
+from galore_kernels.optim.rules.rule import Rule, Spec, projected_fields
 from galore_kernels.optim.state import adam_state
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Adam(Rule):
         return f"{'8-bit' if self._eight_bit else 'float32'} moments"
 
     def check(self, group: Mapping[str, Any], where: str) -> None:
-        check_lr(group, where)
+        self.check_lr(group, where)
         betas = group["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         numbers = [number(b) for b in betas] if pair else []
@@ -97,19 +97,15 @@ class Adam(Rule):
             backend=backend,
         )
 
-    def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
+    def operation(self, layout: Layout, *, is_lowrank: bool) -> str:
         if layout.side is None:
             return "adam8bit_update"
         return "lowrank_update" if is_lowrank else "galore_update"
 
+    def tensors(self, state: Mapping[str, Any]) -> AdamState:
+        return adam_state(state)
+
     def group_fields(
         self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        if layout.side is None:
-            return {}
-        return {
-            "bases": tuple(state["basis"] for state in states),
-            "side": layout.side,
-            "scale": float(group["scale"]),
-            "basis_scales": tuple(state["basis_scale"] for state in states if "basis_scale" in state),
-        }
+        return projected_fields(group, layout, states)

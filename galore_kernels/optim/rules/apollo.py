@@ -95,7 +95,7 @@ class Apollo(Adam):
             backend=backend,
         )
 
-    def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
+    def operation(self, layout: Layout, *, is_lowrank: bool) -> str:
         return "adam8bit_update" if layout.side is None else "apollo_update"
 
     def group_fields(

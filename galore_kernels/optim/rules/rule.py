@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from galore_kernels.optim.options import COMMON
+from galore_kernels.ops.adafactor_update import AdafactorState
+from galore_kernels.ops.adam import AdamState
+from galore_kernels.optim.options import COMMON, check_lr
 
 if TYPE_CHECKING:
     from galore_kernels.optim.state import Layout
@@ -45,6 +47,10 @@ class Rule(ABC):
     @abstractmethod
     def check(self, group: Mapping[str, Any], where: str) -> None:
         """Raises ValueError, naming key and group, unless the values of ``own_keys`` are possible."""
+
+    def check_lr(self, group: Mapping[str, Any], where: str) -> None:
+        """The part of ``check`` that sees the learning rate, which is new in every step."""
+        check_lr(group, where)
 
     def draws(self, group: Mapping[str, Any]) -> bool:
         """Whether the group's bases are drawn from a seed instead of found in gradients."""
@@ -98,14 +104,27 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def operation(self, layout: Layout, *, is_lowrank: bool) -> str | None:
-        """The operation whose backends may update many tensors in one call; None if each is updated by itself."""
+    def operation(self, layout: Layout, *, is_lowrank: bool) -> str:
+        """The operation that updates a weight, or many in one call where the backend has groups of it."""
+
+    @abstractmethod
+    def tensors(self, state: Mapping[str, Any]) -> AdamState | AdafactorState:
+        """The state that the operations take."""
 
     def group_fields(
         self, group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Fields of the ``UpdateGroup`` for that call which the states and options say, but for Adam's states.
-
-        Asked for only where ``operation`` names one.
-        """
+        """Fields of the ``UpdateGroup`` for that call which the states and options say, but for ``tensors``."""
         return {}
+
+
+def projected_fields(group: Mapping[str, Any], layout: Layout, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``Rule.group_fields`` of updates through the bases of the states; none at full rank."""
+    if layout.side is None:
+        return {}
+    return {
+        "bases": tuple(state["basis"] for state in states),
+        "side": layout.side,
+        "scale": float(group["scale"]),
+        "basis_scales": tuple(state["basis_scale"] for state in states if "basis_scale" in state),
+    }
