@@ -14,6 +14,8 @@ from lowrank_ddp_process import CASES, SENSITIVE, STEPS, TARGETS, train
 
 from galore_kernels import galore_param_groups
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder: Path, world: int, cases: list[str]) -> list[dict[str, Any]]:
     """What each of the processes has ended with."""
