@@ -23,12 +23,13 @@ ALLOWED: dict[str, set[str]] = {
     "subspace": {"ops", "quantizers"},
     "optim": {"nn", "subspace", "ops", "quantizers"},
     "nn": {"subspace", "ops", "quantizers"},
+    "distributed": {"optim"},
     "integrations": {"optim", "nn", "subspace", "ops", "quantizers", "checkpoint"},
     "compat": {"optim", "ops", "quantizers", "subspace"},
     # What users import: everything but the hosts' integrations, others' names and the program.
     "": {"backends", "checkpoint", "nn", "ops", "optim", "quantizers", "subspace", "_native"},
     # The program uses the package as its users do.
-    "pretrain": {"", "checkpoint", "quantizers", "subspace"},
+    "pretrain": {"", "checkpoint", "distributed", "quantizers", "subspace"},
     # It asks the optimizers and backends for their sizes, and takes the program's names for model shapes.
     "plan": {"", "backends", "ops", "optim", "pretrain", "quantizers", "subspace"},
 }

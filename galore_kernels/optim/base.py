@@ -214,6 +214,11 @@ class LowRankOptimizer(OneByOne):
             ValueError: it is of another version, optimizer, rank or shape, lacks fields, holds NaN or does not match
                 its checksum. The message names the parameter; the optimizer is as it was.
         """
+        if self.packed.params():
+            raise RuntimeError(
+                "load_state_dict: expected no gradients that are projected by the bases of before (reduce_lowrank); "
+                "call zero_grad() first, or load before the backward pass"
+            )
         state_dict = dict(state_dict)  # the hooks' to change, not the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)

@@ -219,7 +219,7 @@ class LayerwiseOptimizer(Optimizer):
             )
         self._counts[id(param)] = count
         if self.accumulation_steps > 1 and not self._is_held(update, first=count == 1):
-            lowrank = self.optimizer.projected(update)
+            lowrank = self.optimizer.projected(update, update.grad)
             self._sums[id(param)] = self._sums[id(param)].add_(lowrank) if id(param) in self._sums else lowrank
             param.grad = None
         if count == self.accumulation_steps:

@@ -333,7 +333,7 @@ def _key(update: Update, state: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def operation_of(update: Update) -> str:
     """The operation of ``galore_kernels.ops`` that updates it."""
-    return update.layout.rule.operation(update.layout, is_lowrank=update.factored is not None)
+    return update.layout.rule.operation(update.layout, is_lowrank=update.is_lowrank)
 
 
 def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters) -> None:

@@ -96,9 +96,9 @@ class OneByOne(SteppingOptimizer):
             self._has_first_basis(update, update.grad.reshape(matrix_shape(update.grad.shape)))
 
     @torch.no_grad()
-    def projected(self, update: Update) -> Tensor:
-        """The parameter's gradient in its subspace, (L, r) float32."""
-        state, grad = self.state[update.param], update.grad.reshape(matrix_shape(update.grad.shape)).float()
+    def projected(self, update: Update, grad: Tensor) -> Tensor:
+        """The parameter's gradient ``grad`` in its subspace, (L, r) float32."""
+        state, grad = self.state[update.param], grad.reshape(matrix_shape(grad.shape)).float()
         with torch.autocast(grad.device.type, enabled=False):
             oriented = grad if update.layout.side == "right" else grad.T
             lowrank = project_rows(oriented, state["basis"], state.get("basis_scale"))

@@ -33,9 +33,9 @@ Found = dict[str, Subspace]
 def is_due(update: Update, state: Mapping[str, Any]) -> bool:
     """Whether the parameter's basis has to be found in this step. Reads its step counter.
 
-    Not with a factored gradient, of which there is nothing to find it in: see ``factored``.
+    Not with a gradient that is projected already, of which there is nothing to find it in: see ``factored``.
     """
-    projects = update.layout.rank is not None and update.factored is None
+    projects = update.layout.rank is not None and not update.is_lowrank
     return projects and int(state["step"]) >= due_at(update, state)
 
 

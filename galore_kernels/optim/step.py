@@ -16,6 +16,7 @@ from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_param, check_scheduled
+from galore_kernels.optim.packed import PackedGradients
 from galore_kernels.optim.processes import factors_of
 from galore_kernels.optim.refresh import (
     changes,
@@ -50,6 +51,8 @@ class SteppingOptimizer(UpdatingOptimizer):
         self._everything: dict[int, Update] = {}
         # Bases found in this step's factors.
         self._findings: list[factored.Finding] = []
+        #: Gradients that are projected already.
+        self.packed = PackedGradients()
         # Of the prepared layers.
         self._prepared: list[LowRankGradient] = []
         # What was planned when these were last told of their bases, and the call before which they are again.
@@ -123,7 +126,7 @@ class SteppingOptimizer(UpdatingOptimizer):
         unscaling = Unscaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         put_off = dict(self._put_off)
         plan, grads, capture = self._planned(unscaling)
-        done = self._resume_interrupted(grads)
+        done = self._resume_interrupted()
         if not done:
             self._findings = []
         finished: list[Tensor] = []
@@ -212,7 +215,8 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def _planned(self, unscaling: Unscaling) -> tuple[Plan, list[Tensor | None], bool]:
         """The step's plan, all parameters' gradients, and whether a CUDA graph is being captured. Changes nothing."""
-        grads = [param.grad for group in self.param_groups for param in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = list(self.packed.seen(params, [param.grad for param in params]))
         plan, self._plan = self._plan, None
         if (
             plan is not None
@@ -273,7 +277,16 @@ class SteppingOptimizer(UpdatingOptimizer):
         ]
         phase = dict(zip([index for index, _ in projected], phases([size for _, size in projected]), strict=True))
         return [
-            Update(param, group, index, name, layout, phase.get(index, 0.0), gradients.get(id(param)))
+            Update(
+                param,
+                group,
+                index,
+                name,
+                layout,
+                phase.get(index, 0.0),
+                gradients.get(id(param)),
+                is_packed=param in self.packed,
+            )
             for index, name, param, group, layout in everything
         ]
 
@@ -309,19 +322,18 @@ class SteppingOptimizer(UpdatingOptimizer):
                     f"its matrices was skipped ({count} so far)"
                 )
 
-    def _resume_interrupted(self, grads: list[Tensor | None]) -> set[int]:
+    def _resume_interrupted(self) -> set[int]:
         """Parameters to leave out because an interrupted step with these very gradients has updated them."""
         if not self._interrupted:
             return set()
-        params = (param for group in self.param_groups for param in group["params"])
-        same = {id(param): grad for param, grad in zip(params, grads, strict=True)}
-        if any(same.get(id(p)) is not g or g._version != version for p, g, version in self._interrupted):
+        if any(p.grad is not g or g._version != version for p, g, version in self._interrupted):
             self._interrupted = []
         return {id(param) for param, _, _ in self._interrupted}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. Also gives up an interrupted step: the gradients it would continue with are gone."""
         self._interrupted = []
+        self.packed.clear()
         for gradient in self._prepared:
             gradient.factors = []
         super().zero_grad(set_to_none)

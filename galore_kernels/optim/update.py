@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_kernels.nn import CarriedGradient, LowRankGradient
+from galore_kernels.optim.packed import projection
 from galore_kernels.optim.state import Layout
 
 
@@ -26,6 +27,7 @@ class Update:
         layout: of the state.
         phase: in [0, 1), its place among the projected parameters: see ``galore_kernels.subspace.Schedule``.
         carried: if the parameter carries the gradient of another tensor, what knows both, else None.
+        is_packed: the first elements of ``param.grad`` are its projection (``galore_kernels.distributed``).
     """
 
     param: Tensor
@@ -35,6 +37,7 @@ class Update:
     layout: Layout
     phase: float = 0.0
     carried: CarriedGradient | None = None
+    is_packed: bool = False
 
     @property
     def factored(self) -> LowRankGradient | None:
@@ -52,9 +55,15 @@ class Update:
         return None if self.carried is None else self.carried.weight_scale
 
     @property
+    def is_lowrank(self) -> bool:
+        """Whether the gradient is projected already."""
+        return self.is_packed or self.factored is not None
+
+    @property
     def grad(self) -> Tensor:
         """The gradient. It is not held: a plan lives longer than the gradients of the step it was made for."""
-        return cast(Tensor, self.param.grad)
+        grad = cast(Tensor, self.param.grad)
+        return projection(grad, self.layout.moments) if self.is_packed else grad
 
     def check(self, state: Mapping[str, Any] | None) -> None:
         """Raises ValueError naming the parameter unless gradient and state fit it."""
@@ -71,7 +80,8 @@ class Update:
                 f"{name}: the weight is on {param.device}, its gradient or its state is not; move the model before "
                 "the first step, or load the optimizer's state_dict again after moving it"
             )
-        if grad.shape != param.shape or (state and not self.layout.fits(state)):
+        shape = torch.Size(self.layout.moments) if self.is_packed else param.shape
+        if grad.shape != shape or (state and not self.layout.fits(state)):
             options = ", ".join(("rank", "proj_type", *self.layout.rule.structural))
             raise ValueError(
                 f"{name}: the weight has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}, and its "

@@ -146,7 +146,7 @@ class UpdatingOptimizer(Optimizer):
         Returns how many of its steps had been skipped as far as is known, and are now.
         """
         param, group, layout, target = update.param, update.group, update.layout, update.weight
-        is_lowrank = lowrank is not None or update.factored is not None
+        is_lowrank = lowrank is not None or update.is_lowrank
         grad = update.grad if lowrank is None else lowrank
         fresh = not self.state.get(param)
         state = layout.new_state(param) if fresh else self.state[param]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from galore_kernels.checkpoint import CheckpointError
 
 from .config import DTYPES, GRADIENTS, OPTIMIZERS, SPLITS, UPDATES, WEIGHTS, Config, PretrainError, differences
 from .corpus import load_corpus
-from .display import choose_display
+from .display import NoDisplay, choose_display
+from .parallel import PARALLEL, processes
 from .plot import PICTURE_NAME, comparison_table, plot_runs, read_runs
 from .presets import PRESETS
 from .resume import find_checkpoints, load_checkpoint
@@ -36,9 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.out.exists() and not options.out.is_dir():
             raise PretrainError(f"--out {options.out}: expected a folder, or a name that is free; it is a file")
-        if not (options.plot_only or options.compare):
-            _train(options)
-        _show_runs(options)
+        if options.plot_only or options.compare or _train(options):
+            _show_runs(options)
     except RunInterruptedError as stop:
         print(f"\nstopped by {stop}; the state was saved. To go on:\n    galore-pretrain --resume {stop.folder}")
         return 128 + stop.signal_number
@@ -119,11 +120,14 @@ def _parser() -> argparse.ArgumentParser:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    machine.add_argument("--parallel", choices=PARALLEL, default="none",
+                         help="ddp: the processes that torchrun has started share each batch")  # fmt: skip
     machine.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     return parser
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> bool:
+    """Whether this process, of several, is the one to say what there is to say."""
     fields = {field.name for field in dataclasses.fields(Config)}
     given = {key: value for key, value in vars(options).items() if key in fields}
     device = _device(options.device)
@@ -139,12 +143,20 @@ def _train(options: argparse.Namespace) -> None:
     else:
         config = Config.resolve(given)
     preset = PRESETS[config.preset]
-    log_every = _positive("--log-every", options.log_every, preset.log_every)
-    save_every = _positive("--save-every", options.save_every, preset.save_every)
-    corpus = load_corpus(config, options.out / "cache")
-    folder = resume.parent if resume is not None else _new_folder(options.out, options.name, config)
-    train(config, corpus, folder, choose_display(), device=device, resume=resume, log_every=log_every,
-          save_every=save_every)  # fmt: skip
+    every = {
+        "log_every": _positive("--log-every", options.log_every, preset.log_every),
+        "save_every": _positive("--save-every", options.save_every, preset.save_every),
+    }
+    with processes(options.parallel, config.batch, device) as own, tempfile.TemporaryDirectory() as elsewhere:
+        # The first process' alone is the run's folder and the cache's; the others read no file that it writes.
+        out = options.out if own.is_first else Path(elsewhere)
+        corpus = load_corpus(config, out / "cache")
+        folder = resume.parent if resume is not None else _new_folder(out, options.name, config)
+        if not own.is_first:
+            folder = Path(elsewhere)
+        display = choose_display() if own.is_first else NoDisplay()
+        train(config, corpus, folder, display, device=device, resume=resume, processes=own, **every)
+        return own.is_first
 
 
 def _show_runs(options: argparse.Namespace) -> None:

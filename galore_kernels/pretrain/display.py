@@ -92,6 +92,13 @@ class PlainDisplay:
         print(line, flush=True)
 
 
+class NoDisplay(PlainDisplay):
+    """Says nothing, as the processes behind a run's first."""
+
+    def _print(self, line: str) -> None:
+        """Prints nothing."""
+
+
 def title(header: dict[str, Any]) -> str:
     """What runs, from the header of its log."""
     config, machine = header["config"], header["machine"]

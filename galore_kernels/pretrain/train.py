@@ -16,6 +16,7 @@ from .corpus import Corpus
 from .display import Display
 from .machine import SignalWatch, machine_facts, peak_memory, sole_trainer
 from .optimizers import build_optimizer, package_versions, subspace_report
+from .parallel import ALONE, Processes
 from .resume import Progress, restore_run, save_run
 from .rivals import optimizer_state_bytes
 from .runlog import RunLog
@@ -72,6 +73,7 @@ def train(
     resume: Path | None = None,
     log_every: int,
     save_every: int,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Run ``config`` in ``folder`` and return the final line of its log.
 
@@ -80,6 +82,7 @@ def train(
         resume: checkpoint to go on from; the log is continued too.
         log_every: steps between lines of the log.
         save_every: steps between checkpoints; one is always saved at the end.
+        processes: of the run, each of which calls this; those behind the first have a ``folder`` of their own.
 
     Raises:
         PretrainError: the checkpoint belongs to another configuration or corpus, another process trains in
@@ -100,16 +103,19 @@ def train(
             "machine": machine_facts(device),
             "versions": package_versions(),
         }
-        if resume is None:
-            progress = Progress()
+        progress = Progress() if resume is None else restore_run(resume, config, corpus, model, optimizer)
+        if resume is None or not processes.is_first:
             log = RunLog.begin(folder, header)
         else:
-            progress = restore_run(resume, config, corpus, model, optimizer)
             log = RunLog.resume(folder, progress.step)
             log.write("resume", step=progress.step, machine=header["machine"], versions=header["versions"])
+        trained = processes.wrap(model, optimizer, config)
         with log, display:
             display.start(header, progress.step)
-            run = _Run(config, corpus, folder, display, device, model, optimizer, progress, log, log_every, save_every)
+            run = _Run(
+                config, corpus, folder, display, device, model, trained, optimizer, progress, log, log_every,
+                save_every, processes,
+            )  # fmt: skip
             return run.to_the_end(signals)
 
 
@@ -133,11 +139,13 @@ class _Run:
     display: Display
     device: torch.device
     model: torch.nn.Module
+    trained: torch.nn.Module  # the same, as its processes share it
     optimizer: torch.optim.Optimizer
     progress: Progress
     log: RunLog
     log_every: int
     save_every: int
+    processes: Processes
 
     def to_the_end(self, signals: SignalWatch) -> dict[str, Any]:
         progress = self.progress
@@ -155,10 +163,11 @@ class _Run:
                 self._log_interval()
             if progress.step % self.config.eval_every == 0 or last:
                 self._validate()
-            if progress.step % self.save_every == 0 or last or signals.received is not None:
+            received = self.processes.agree(signals.received)
+            if progress.step % self.save_every == 0 or last or received is not None:
                 self._save()
-            if signals.received is not None and not last:
-                raise RunInterruptedError(signals.received, progress.step, self.folder)
+            if received is not None and not last:
+                raise RunInterruptedError(received, progress.step, self.folder)
         final = self.log.write(
             "final",
             step=progress.step,
@@ -178,15 +187,19 @@ class _Run:
         rows = self.corpus.training_rows(self.progress.step, config.batch * config.accumulate, config.seed)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for micro_batch in torch.split(rows.to(self.device), config.batch):
-            loss = self.model(input_ids=micro_batch, labels=micro_batch).loss / config.accumulate
-            loss.backward()
+        micro_batches = torch.split(rows.to(self.device), config.batch)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            own = self.processes.share(micro_batch)
+            with self.processes.waits(self.trained, last=number == len(micro_batches)):
+                loss = self.trained(input_ids=own, labels=own).loss / config.accumulate
+                loss.backward()
             total += loss.detach()
         if config.clip > 0 and config.updates == "whole":
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self._expect_finite(float(total), "training", self.progress.step + 1)
+        mean = self.processes.mean(total)
+        self._expect_finite(mean, "training", self.progress.step + 1)
         self.optimizer.step()
-        return float(total)
+        return mean
 
     def _log_interval(self) -> None:
         progress = self.progress
@@ -218,6 +231,8 @@ class _Run:
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             # The loss of this step was that of the weights before it. A good checkpoint must not make way for this.
             raise self._not_finite("some weights are no longer finite", self.progress.step)
+        if not self.processes.is_first:
+            return
         self.log.sync()  # the checkpoint's step promises that the log is complete up to it
         path = save_run(self.folder, self.config, self.corpus, self.model, self.optimizer, self.progress, self.device)
         self.display.show({"kind": "saved", "step": self.progress.step, "path": str(path)})

@@ -1,0 +1,153 @@
+"""DDP that averages projected gradients: ``reduce_lowrank``.
+
+R = G @ P is linear in G, so that the mean of all processes' R is the R of the mean gradient: a matrix whose basis is
+not due to be found anew needs r / S of the bytes on the wire. DDP asks a hook of ours for each bucket of gradients. The
+mean R then lies in the first elements of ``.grad``, behind it zeros: its norm is R's, and what scales gradients
+(clipping, GradScaler) scales R.
+"""
+# No `from __future__ import annotations`: DDP compares the annotations of a hook with the classes they name.
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from galore_kernels.optim.base import LowRankOptimizer
+from galore_kernels.optim.update import Update
+
+
+class LowRankReduction:
+    """What the hook knows.
+
+    Args:
+        optimizer: whose bases project.
+        group: the processes.
+    """
+
+    def __init__(self, optimizer: LowRankOptimizer, group: Any) -> None:
+        self.optimizer, self.group = optimizer, group
+        self._updates: dict[int, Update] = {}
+
+    def begin(self, *_: Any) -> None:
+        """Before a forward pass: to what is projected already nothing can be added.
+
+        Raises:
+            RuntimeError: gradients of the step before are still there.
+        """
+        # Those that somebody else has zeroed in place are told by their values alone.
+        if any(bool(param.grad.any()) for param in self.optimizer.packed.params() if param.grad is not None):
+            raise RuntimeError(
+                "gradients: expected none, or zeros, before a forward pass, got those of the step before, which are "
+                "projected and can't be added to; call optimizer.zero_grad() after each step, and accumulate under "
+                "model.no_sync()"
+            )
+        self.optimizer.packed.clear()
+        self._updates = {}
+
+    def update_of(self, param: Tensor) -> Update | None:
+        """The parameter's update if its gradient is to be projected for the step to come, else None."""
+        if not self._updates:
+            self._updates = {id(update.param): update for update in self.optimizer.listed()}
+        update = self._updates.get(id(param))
+        if update is None or update.carried is not None or param.dim() != 2 or not param.is_contiguous():
+            return None
+        is_smaller = math.prod(update.layout.moments) < param.numel()
+        return update if is_smaller and not self.optimizer.keeps_gradient(update) else None
+
+
+def reduce_lowrank(model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
+    """Has DDP average the projections of gradients instead of the gradients, where that is all the optimizer needs.
+
+    The training is that of plain DDP: the same in exact arithmetic, and to rounding in floating point (R is sent in
+    the gradient's dtype). In the step in which a matrix' basis is found anew its whole gradient is averaged, as are
+    always those of everything that isn't projected. Every process finds the same bases, in the same mean gradient.
+
+        model = DistributedDataParallel(model)
+        optimizer = GaLoreFusedAdam8bit(galore_param_groups(model.module), lr=1e-2)
+        reduce_lowrank(model, optimizer)
+
+    Accumulate under ``model.no_sync()``. ``clip_grad_norm_`` then clips by the norm of the projections (as with
+    prepared layers), which is the norm of what moves the weights; between the backward pass and the step a projected
+    parameter's ``.grad`` holds its projection, and has no other meaning. Prepared layers need none of this: what DDP
+    averages of them has rank r already.
+
+    Args:
+        model: wrapped, with no other communication hook.
+        optimizer: GaLore's, of the model's parameters; in every process with the same options.
+
+    Raises:
+        TypeError: an argument of another class. ValueError: APOLLO, which scales the whole gradient; processes whose
+            parameters or options differ (in all of them).
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"model: expected a DistributedDataParallel, got {type(model).__name__}; wrap the model first")
+    if not isinstance(optimizer, LowRankOptimizer):
+        raise TypeError(f"optimizer: expected one of galore_kernels, got {type(optimizer).__name__}")
+    if not optimizer.rule.takes_lowrank:
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} scales the whole gradient, of which no projection is enough; "
+            "leave the hook out"
+        )
+    group: dist.ProcessGroup = model.process_group
+    _check_agreement(group, optimizer)
+    state = LowRankReduction(optimizer, group)
+    model.register_comm_hook(state, _reduce)
+    model.register_forward_pre_hook(state.begin)
+
+
+def _check_agreement(group: dist.ProcessGroup, optimizer: LowRankOptimizer) -> None:
+    """Raises ValueError in every process unless all have the same parameters in the same groups."""
+    own = _description(optimizer)
+    digest = hashlib.blake2b(own.encode(), digest_size=8).digest()
+    device = optimizer.param_groups[0]["params"][0].device
+    number = torch.tensor([int.from_bytes(digest, "little") >> 1], device=device)
+    extremes = torch.cat([number, -number])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    largest, negated = extremes.tolist()
+    if largest != -negated:
+        raise ValueError(
+            f"optimizer: the processes differ in their parameters' shapes or in their groups' options; process "
+            f"{dist.get_rank(group)} has {own}; build model and optimizer alike in all of them"
+        )
+
+
+def _description(optimizer: LowRankOptimizer) -> str:
+    groups = []
+    for group in optimizer.param_groups:
+        options = {key: group[key] for key in sorted(optimizer.rule.keys) if key not in ("params", "param_names")}
+        shapes = [(tuple(param.shape), str(param.dtype)) for param in group["params"]]
+        groups.append(f"{options} of {shapes}")
+    return f"{type(optimizer).__name__}: " + "; ".join(groups)
+
+
+def _reduce(
+    state: LowRankReduction,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP's hook."""
+    parts: list[tuple[Tensor, Update | None]] = []
+    pieces = []
+    for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        update = state.update_of(param)
+        parts.append((grad, update))
+        piece = grad if update is None else state.optimizer.projected(update, grad).to(grad.dtype)
+        pieces.append(piece.reshape(-1))
+    flat = torch.cat(pieces).div_(dist.get_world_size(state.group))
+    work = dist.all_reduce(flat, group=state.group, async_op=True)
+
+    def spread(future: torch.futures.Future[Any]) -> Tensor:
+        for (grad, update), mean in zip(parts, flat.split([piece.numel() for piece in pieces]), strict=True):
+            if update is None:
+                grad.copy_(mean.view(grad.shape))
+            else:
+                elements = grad.view(-1)
+                elements[: mean.numel()] = mean
+                elements[mean.numel() :] = 0
+                state.optimizer.packed.add(update.param, update.layout.moments)
+        return bucket.buffer()
+
+    return work.get_future().then(spread)
