@@ -180,23 +180,6 @@ void random_basis(std::uint64_t seed, index_t rows, index_t rank, Address magnit
                                     pointer<std::uint16_t>(out), count);
 }
 
-void scaled_gradient_update(Address param, int param_dtype, Address weight_scale, Address grad, int grad_dtype,
-                            index_t rows, index_t cols, int side, Address factors, double lr, double beta1,
-                            double beta2, double eps, double weight_decay, index_t step, double inv_grad_scale,
-                            bool maximize, Seed rounding_seed, index_t threads) {
-    const auto scalars = scalars_of(lr, beta1, beta2, eps, weight_decay, step, inv_grad_scale, maximize);
-    const Weight weight = projected_weight_of(param, param_dtype, weight_scale, rounding_seed, step);
-    const gk::DType grad_type = dtype_of("grad_dtype", grad_dtype);
-    const gk::Side oriented = side_of(side);
-    const int count = thread_count(threads);
-    at_least("rows", rows, 0);
-    at_least("cols", cols, 0);
-    const py::gil_scoped_release unlocked;
-    selected_kernels().scaled_gradient_update(weight, pointer<const void>(grad), grad_type, rows, cols, oriented,
-                                              pointer<const float>(factors), gk::adam_coefficients(scalars, 1.0),
-                                              count);
-}
-
 index_t workspace_bytes(index_t rows, index_t cols, index_t rank, int side, int param_dtype, index_t threads) {
     const Projection p = projection_of(rows, cols, side, 0, 0, 0, rank);
     return selected_kernels().workspace_bytes(p.short_size(), p.rank, projected_dtype_of(param_dtype),
@@ -248,7 +231,9 @@ PYBIND11_MODULE(_native, module) {
         "Torch-free kernels. Buffers are addresses of contiguous row-major memory; dtype codes: 0 float32, 1 "
         "bfloat16,\n"
         "2 float16; for a projected weight 3 int8, with weight_scale; for a basis 3 int8 or 4 int4, with basis_scale;\n"
-        "side: 0 right, 1 left. Results do not depend on `threads`.";
+        "side: 0 right, 1 left. Results do not depend on `threads`. Updates are the functions cpu_*; their stages "
+        "stand here\n"
+        "by themselves for tests.";
     selected_kernels();  // an unusable GALORE_KERNELS_ISA is reported by the import, not by the first step
 
     module.def("quantize_blockwise", quantize_blockwise, "x"_a, "dtype"_a, "n"_a, "signed"_a, "codes"_a, "absmax"_a,
@@ -278,10 +263,6 @@ PYBIND11_MODULE(_native, module) {
                "W <- (W - step_size * scale * X) * (1 - lr * weight_decay), X = U @ P.T (right) or P @ U.T (left).");
     module.def("random_basis", random_basis, "seed"_a, "rows"_a, "rank"_a, "magnitudes"_a, "out"_a, "threads"_a,
                "A random basis (rows, rank) times sqrt(rank), bf16; magnitudes: 2048 positive bf16.");
-    module.def("scaled_gradient_update", scaled_gradient_update, "param"_a, "param_dtype"_a, "weight_scale"_a, "grad"_a,
-               "grad_dtype"_a, "rows"_a, "cols"_a, "side"_a, "factors"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
-               "weight_decay"_a, "step"_a, "inv_grad_scale"_a, "maximize"_a, "rounding_seed"_a, "threads"_a,
-               "W <- (W - g * factor) * (1 - lr * weight_decay), a factor for each row (right) or column (left).");
     module.def("workspace_bytes", workspace_bytes, "rows"_a, "cols"_a, "rank"_a, "side"_a, "param_dtype"_a, "threads"_a,
                "Bytes of scratch memory that project() and back_project_update() need; of any alignment to 4.");
     module.def("rotate_moments", rotate_moments, "rows"_a, "rotation"_a, "rank"_a, "new_rank"_a, "m"_a, "v"_a,

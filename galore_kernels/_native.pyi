@@ -94,27 +94,6 @@ def back_project_update(
     threads: int,
 ) -> None: ...
 def random_basis(seed: int, rows: int, rank: int, magnitudes: int, out: int, threads: int) -> None: ...
-def scaled_gradient_update(
-    param: int,
-    param_dtype: int,
-    weight_scale: int,
-    grad: int,
-    grad_dtype: int,
-    rows: int,
-    cols: int,
-    side: int,
-    factors: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    inv_grad_scale: float,
-    maximize: bool,
-    rounding_seed: int | None,
-    threads: int,
-) -> None: ...
 def workspace_bytes(rows: int, cols: int, rank: int, side: int, param_dtype: int, threads: int) -> int: ...
 def rotate_moments(
     rows: int,

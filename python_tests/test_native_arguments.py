@@ -35,8 +35,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "project": {"grad": 0, "grad_dtype": 0, "lowrank_out": 0, "squares": 0, "workspace": 0, "threads": 1}
     | {"inv_grad_scale": 1.0, **MATRIX},
     "random_basis": {"seed": 0, "rows": 0, "rank": 1, "magnitudes": 0, "out": 0, "threads": 1},
-    "scaled_gradient_update": {"param": 0, "param_dtype": 0, "weight_scale": 0, "grad": 0, "grad_dtype": 0, "rows": 0}
-    | {"cols": 0, "side": 0, "factors": 0, "rounding_seed": None, **ADAM},
     "lowrank_adam": {"lowrank_inout": 0, "n": 0, **MOMENTS, **ADAM},
     "back_project_update": {"param": 0, "param_dtype": 0, "update": 0, "scale": 1.0, "workspace": 0, **MATRIX, **ADAM}
     | {"rounding_seed": None, "weight_scale": 0},
@@ -101,7 +99,7 @@ def test_codes_have_scales_and_nothing_else_has(name: str, dtype: int, scale: in
         function(name)(**(CALLS[name] | {"basis_dtype": dtype, "basis_scale": scale}))
 
 
-@pytest.mark.parametrize("name", ["adam_update", "back_project_update", "scaled_gradient_update"])
+@pytest.mark.parametrize("name", ["adam_update", "back_project_update"])
 @pytest.mark.parametrize("dtype", [0, 2])  # float32, float16
 def test_stochastic_rounding_is_for_bfloat16(dtype: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"rounding_seed: .* got param_dtype={dtype}"):
