@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import tolerances
 import torch
+from interrupts import interrupted
 from native_calls import check_guard, guarded
 from optimizer_cases import assert_same_snapshot, make_params, set_grads, snapshot, train
 from test_adafactor_update import (
@@ -155,21 +155,9 @@ def test_an_interrupted_step_is_neither_lost_nor_taken_twice(
     # The norm's call is the first of the strided ones' step: then one is interrupted by itself, and one is left.
     ends = 1 if grouped else 2
     set_grads(params, 3)
-    original = _native.cpu_adafactor_update
-
-    def interrupted(*args: Any) -> None:
-        if after:
-            original(*args)
-        signal.raise_signal(signal.SIGINT)
-
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(_native, "cpu_adafactor_update", interrupted)
-            for _ in range(ends if after else 1):
-                with pytest.raises(KeyboardInterrupt):
-                    optimizer.step()
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with interrupted(_native, "cpu_adafactor_update", monkeypatch, after=after):
+        for _ in range(ends if after else 1):
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
     optimizer.step()
     assert_same_snapshot(snapshot(optimizer, params), snapshot(expected, undisturbed))

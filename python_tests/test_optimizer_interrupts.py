@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from grouping import compare, install, pair
+from interrupts import interrupted
 from optimizer_cases import assert_same_snapshot, clone_params, make_params, set_grads, snapshot, train
 from torch import nn
 
@@ -35,24 +35,12 @@ def test_an_interrupt_while_a_kernel_runs_loses_nothing(
     train(expected, undisturbed, range(taken + 1))
     train(optimizer, params, range(taken))
     set_grads(params, taken)
-    where: Any = _native if backend == "cpu" else ops
-    name = "cpu_galore_update" if backend == "cpu" else "galore_update"
-    original = getattr(where, name)
-
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        signal.raise_signal(signal.SIGINT)  # as if it had come while the kernel ran
-
-    # A background job of a shell starts with the signal ignored.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(where, name, interrupted)
-            for _ in range(2):
-                with pytest.raises(KeyboardInterrupt):
-                    optimizer.step()
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    native = backend == "cpu"
+    where: Any = _native if native else ops
+    with interrupted(where, "cpu_galore_update" if native else "galore_update", monkeypatch):
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
     optimizer.step()
     assert_same_snapshot(snapshot(optimizer, params), snapshot(expected, undisturbed))
 
@@ -65,21 +53,8 @@ def test_an_interrupt_of_a_group(after: bool, monkeypatch: pytest.MonkeyPatch) -
     train(expected, undisturbed, range(4))
     train(optimizer, params, range(3))
     set_grads(params, 3)
-    original = _native.cpu_galore_update
-
-    def interrupted(*args: Any) -> None:
-        if after:
-            original(*args)
-        signal.raise_signal(signal.SIGINT)
-
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(_native, "cpu_galore_update", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                optimizer.step()
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with interrupted(_native, "cpu_galore_update", monkeypatch, after=after), pytest.raises(KeyboardInterrupt):
+        optimizer.step()
     steps = [float(optimizer.state[params[name]]["step"]) for name in ("first", "second")]
     assert steps == ([4, 4] if after else [3, 3])
     optimizer.step()
