@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partialmethod
 from typing import Any
 
 from torch import Tensor
@@ -35,51 +36,13 @@ class SingleUpdates(ABC):
         finally:  # an interrupt may come when the update is done
             write_back(param, group.params[0])
 
-    def adam8bit_update(self, param: Tensor, grad: Tensor, state: AdamState, options: AdamOptions) -> None:
-        """Contract: ``galore_kernels.ops.adam8bit_update``."""
-        self._at_full_rank("adam8bit_update", param, grad, state, options)
-
     def _at_full_rank(
         self, operation: str, param: Tensor, grad: Tensor, state: AdamState | AdafactorState, options: StepOptions
     ) -> None:
+        """Contract: ``galore_kernels.ops``' of that name."""
         weight = param.contiguous()
         group = UpdateGroup(operation, (weight,), (state,), rounding_seeds=seeds(options))
         self._run(group, param, grad, options)
-
-    def galore_update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        basis: Tensor,
-        long_basis: Tensor | None,
-        basis_scale: Tensor | None,
-        state: AdamState,
-        options: AdamOptions,
-        side: str,
-        scale: float,
-        weight_scale: Tensor | None = None,
-    ) -> None:
-        """Contract: ``galore_kernels.ops.galore_update``."""
-        self._through_subspace(
-            "galore_update", param, grad, basis, long_basis, basis_scale, state, options, side, scale, weight_scale
-        )
-
-    def lowrank_update(
-        self,
-        param: Tensor,
-        lowrank_grad: Tensor,
-        basis: Tensor,
-        long_basis: Tensor | None,
-        basis_scale: Tensor | None,
-        state: AdamState,
-        options: AdamOptions,
-        side: str,
-        scale: float,
-        weight_scale: Tensor | None = None,
-    ) -> None:
-        """Contract: ``galore_kernels.ops.lowrank_update``."""
-        arguments = param, lowrank_grad, basis, long_basis, basis_scale, state, options, side, scale, weight_scale
-        self._through_subspace("lowrank_update", *arguments)
 
     def _through_subspace(
         self,
@@ -93,8 +56,9 @@ class SingleUpdates(ABC):
         options: StepOptions,
         side: str,
         scale: float,
-        weight_scale: Tensor | None,
+        weight_scale: Tensor | None = None,
     ) -> None:
+        """Contract: ``galore_kernels.ops``' of that name."""
         weight = param.contiguous()
         group = UpdateGroup(
             operation,
@@ -108,6 +72,10 @@ class SingleUpdates(ABC):
             weight_scales=scales(weight_scale),
         )
         self._run(group, param, grad, options, long_basis)
+
+    adam8bit_update = partialmethod(_at_full_rank, "adam8bit_update")
+    galore_update = partialmethod(_through_subspace, "galore_update")
+    lowrank_update = partialmethod(_through_subspace, "lowrank_update")
 
     def apollo_update(
         self,

@@ -39,7 +39,7 @@ class LowRankReduction:
             RuntimeError: gradients of the step before are still there.
         """
         # Those that somebody else has zeroed in place are told by their values alone.
-        if any(bool(param.grad.any()) for param in self.optimizer.packed.params() if param.grad is not None):
+        if any(bool(grad.any()) for grad in self.optimizer.packed.gradients()):
             raise RuntimeError(
                 "gradients: expected none, or zeros, before a forward pass, got those of the step before, which are "
                 "projected and can't be added to; call optimizer.zero_grad() after each step, and accumulate under "

@@ -214,7 +214,7 @@ class LowRankOptimizer(OneByOne):
             ValueError: it is of another version, optimizer, rank or shape, lacks fields, holds NaN or does not match
                 its checksum. The message names the parameter; the optimizer is as it was.
         """
-        if self.packed.params():
+        if self.packed.gradients():
             raise RuntimeError(
                 "load_state_dict: expected no gradients that are projected by the bases of before (reduce_lowrank); "
                 "call zero_grad() first, or load before the backward pass"

@@ -20,9 +20,9 @@ class PackedGradients:
     def __contains__(self, param: Tensor) -> bool:
         return id(param) in self._packed
 
-    def params(self) -> list[Tensor]:
-        """Those that still have a gradient."""
-        return [param for param, _ in self._packed.values() if param.grad is not None]
+    def gradients(self) -> list[Tensor]:
+        """Those that are still there."""
+        return [param.grad for param, _ in self._packed.values() if param.grad is not None]
 
     def add(self, param: Tensor, shape: tuple[int, ...]) -> None:
         """The gradient that ``param`` has, or is about to have, is packed."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from functools import cache, partialmethod
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from galore_kernels.backends.batch import DTYPE_CODES, SIDE_CODES, make_batch
 from galore_kernels.backends.cpu.adafactor import adafactor_scalars, gradient_shape
 from galore_kernels.backends.cpu.arguments import address, found_inf, inverse_grad_scale, typed
 from galore_kernels.backends.single import SingleUpdates
-from galore_kernels.ops.adafactor_update import AdafactorOptions, AdafactorState
+from galore_kernels.ops.adafactor_update import AdafactorOptions
 from galore_kernels.ops.adam import AdamOptions
 from galore_kernels.ops.group import UpdateGroup
 from galore_kernels.ops.random_basis import RandomBasis, magnitudes
 
 
-@functools.cache
+@cache
 def bf16_magnitudes(family: str) -> Tensor:
     """A family's table of magnitudes, as the native module reads it."""
     return magnitudes(family).to(torch.bfloat16)
@@ -86,14 +86,6 @@ class Single(SingleUpdates):
     def update(self, group: UpdateGroup, grad: Tensor, options: Any, long_basis: Tensor | None = None) -> None:
         Group(group, long_basis)((grad,), options)
 
-    def adafactor_update(self, param: Tensor, grad: Tensor, state: AdafactorState, options: AdafactorOptions) -> None:
-        """Contract: ``galore_kernels.ops.adafactor_update``."""
-        self._at_full_rank("adafactor_update", param, grad, state, options)
-
-    def galore_adafactor_update(self, *arguments: Any) -> None:
-        """Contract: ``galore_kernels.ops.galore_adafactor_update``."""
-        self._through_subspace("galore_adafactor_update", *arguments)
-
-    def lowrank_adafactor_update(self, *arguments: Any) -> None:
-        """Contract: ``galore_kernels.ops.lowrank_adafactor_update``."""
-        self._through_subspace("lowrank_adafactor_update", *arguments)
+    adafactor_update = partialmethod(SingleUpdates._at_full_rank, "adafactor_update")
+    galore_adafactor_update = partialmethod(SingleUpdates._through_subspace, "galore_adafactor_update")
+    lowrank_adafactor_update = partialmethod(SingleUpdates._through_subspace, "lowrank_adafactor_update")
