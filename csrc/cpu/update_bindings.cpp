@@ -133,24 +133,18 @@ void bind_cpu_updates(py::module_& module) {
             adam_update(batch, gradients_of(batch, gradients, grad_dtype), scalars, thread_count(threads));
         },
         unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "threads"_a, "Adam at full rank.");
-    module.def(
-        "cpu_galore_update",
-        [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
-           double scale, Address scratch, index_t threads) {
-            galore_update(projected(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
-                          pointer<void>(scratch), thread_count(threads));
-        },
-        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
-        "From gradient to weight through the subspace.");
-    module.def(
-        "cpu_lowrank_update",
-        [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
-           double scale, Address scratch, index_t threads) {
-            lowrank_update(projected(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
-                           pointer<void>(scratch), thread_count(threads));
-        },
-        unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a,
-        "From low-rank gradient to weight.");
+    const auto through_subspace = [&](const char* name, auto update, const char* what) {
+        module.def(
+            name,
+            [update](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype,
+                     const AdamScalars& scalars, double scale, Address scratch, index_t threads) {
+                update(projected(batch), gradients_of(batch, gradients, grad_dtype), scalars, scale,
+                       pointer<void>(scratch), thread_count(threads));
+            },
+            unlocked, "batch"_a, "gradients"_a, "grad_dtype"_a, "scalars"_a, "scale"_a, "scratch"_a, "threads"_a, what);
+    };
+    through_subspace("cpu_galore_update", galore_update, "From gradient to weight through the subspace.");
+    through_subspace("cpu_lowrank_update", lowrank_update, "From low-rank gradient to weight.");
     module.def(
         "cpu_apollo_update",
         [](const Batch& batch, const std::vector<Address>& gradients, int grad_dtype, const AdamScalars& scalars,
