@@ -180,13 +180,13 @@ def backward(model: nn.Module, step: int) -> None:
     loss_of(model, (inputs[rank::2], targets[rank::2])).backward()
 
 
-def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
+def raised(kind: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any]) -> str:
     """The message of what ``call`` has to raise."""
     try:
         call()
     except kind as error:
         return str(error)
-    raise AssertionError(f"no {kind.__name__}")
+    raise AssertionError(f"no {kind}")
 
 
 def another_rank(rank: int) -> str:
