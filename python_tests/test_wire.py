@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +12,9 @@ from wire_process import CASES, GAP, SHAPE, STEPS, Case
 from worker_processes import run
 
 from galore_kernels.plan import MODELS, LlamaShape, PlanError, scaling
-from galore_kernels.plan.cli import main
 from galore_kernels.plan.network import NETWORKS, Network, seconds, tokens_that_hide
 from galore_kernels.plan.scaling import GPUS
 from galore_kernels.plan.settings import Settings
-from galore_kernels.plan.shapes import Matrix
 from galore_kernels.plan.wire import (
     SCHEMES,
     Collective,
@@ -179,14 +175,26 @@ def test_payload_grows_with_the_rank_and_with_rarer_refreshes_shrinks() -> None:
 def test_time_by_hand() -> None:
     step = [Collective("all_reduce", 8 * 10**9)]
     slow = Network("slow", node=1e9, latency=1e-3)
-    launch, inside = 8.4e-6, 2 * (7 / 8 * 8e9 / 370e9 + 7 * 3.4e-6)
+    launch, waiting = 8.4e-6, 7 * 3.4e-6
     assert seconds(step, 1, slow) == 0
-    assert seconds(step, 8, slow) == pytest.approx(launch + inside)
-    ring = 2 * (3 / 4 * 8 + 3e-3)
-    assert seconds(step, 32, slow) == pytest.approx(launch + inside + ring)
+    assert seconds(step, 8, slow) == pytest.approx(launch + 2 * (7 / 8 * 8e9 / 370e9 + waiting))
+    assert seconds(step, 32, slow) == pytest.approx(launch + 2 * (3 / 4 * 8 + waiting + 3e-3))
     small = [Collective("all_gather", 1000)]  # over 512 nodes nine levels of a tree instead of 511 steps
-    inside = 7 / 8 * 1000 / 370e9 + 7 * 3.4e-6
-    assert seconds(small, 4096, slow) == pytest.approx(launch + inside + 1000 / 1e9 + 9e-3)
+    assert seconds(small, 4096, slow) == pytest.approx(launch + 1e-6 + waiting + 9e-3)
+    fast = Network("fast", node=1e15, latency=0.0)  # NVLink is the slower one
+    assert seconds(step, 32, fast) == pytest.approx(seconds(step, 8, fast))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "reported"),
+    [
+        (8, 8 * 2**30, 370e9),  # NVIDIA/nccl-tests issue 212, rings within a node of H100
+        (1984, 512 * 2**20, 350e9),  # issue 283, 248 nodes of 8 H200, "typically around 350G"
+    ],
+)
+def test_large_all_reduces_have_the_bandwidth_that_others_report(gpus: int, size: int, reported: float) -> None:
+    time = seconds([Collective("all_reduce", size)], gpus, NETWORKS["infiniband"])
+    assert Collective("all_reduce", size).wire(gpus) / time == pytest.approx(reported, rel=0.05)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -1,11 +1,12 @@
 """How long collectives take: a model of nodes of eight GPUs, and what is assumed of the links between them.
 
 Nothing here was measured by this project. A collective is hierarchical: within each node over NVLink, across nodes in
-as many groups as a node has GPUs, each with its part, which share what the node sends. Then, with g GPUs in each of n
-nodes, B bytes, p passes (2 of an all-reduce, else 1), bandwidths in bytes per second and one direction:
+as many groups as a node has GPUs, each with its part, which share what the node sends. In chunks, as NCCL's, so that
+both kinds of links are busy at once, and the slower one counts. Then, with g GPUs in each of n nodes, B bytes, p passes
+(2 of an all-reduce, else 1), bandwidths in bytes per second and one direction:
 
-    launch + p ((g - 1) / g B / nvlink + (g - 1) latency_nvlink) + min(ring, tree)
-    ring = p ((n - 1) / n B / node + (n - 1) latency),    tree = p (B / node + ceil(log2 n) latency)
+    launch + p (max((g - 1) / g B / nvlink, across) + (g - 1) latency_nvlink + steps latency)
+    across = (n - 1) / n B / node, steps = n - 1 of a ring, or B / node, ceil(log2 n) of a tree: the faster one
 
 A tree here is NCCL's double binary one, in which each node sends, and receives, everything once in each pass.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from galore_kernels.plan.errors import PlanError
 from galore_kernels.plan.wire import PASSES, Collective
 
-__all__ = ["GPUS_PER_NODE", "NETWORKS", "Network", "seconds", "tokens_that_hide"]
+__all__ = ["GPUS_PER_NODE", "NETWORKS", "Network", "check_gpus", "seconds", "tokens_that_hide"]
 
 GPUS_PER_NODE = 8
 
@@ -70,21 +71,27 @@ def seconds(step: Iterable[Collective], processes: int, network: Network) -> flo
         processes: GPUs; up to eight are in one node, where ``network`` doesn't matter.
 
     Raises:
-        PlanError: more than eight that don't fill their nodes.
+        PlanError: as of ``check_gpus``.
     """
-    if processes < 1 or (processes > GPUS_PER_NODE and processes % GPUS_PER_NODE):
-        raise PlanError(f"gpus={processes}: expected 1 to {GPUS_PER_NODE}, or a multiple of it; fill the nodes")
-    within, nodes = min(processes, GPUS_PER_NODE), max(1, processes // GPUS_PER_NODE)
+    check_gpus(processes)
     if processes == 1:
         return 0.0
+    within, nodes = min(processes, GPUS_PER_NODE), max(1, processes // GPUS_PER_NODE)
     return sum(call.calls * _seconds(PASSES[call.kind], call.bytes, within, nodes, network) for call in step)
 
 
+def check_gpus(count: int) -> None:
+    """Raises PlanError unless there can be so many: in one node, or filling several."""
+    if count < 1 or (count > GPUS_PER_NODE and count % GPUS_PER_NODE):
+        raise PlanError(f"gpus={count}: expected 1 to {GPUS_PER_NODE}, or a multiple of it; fill the nodes")
+
+
 def _seconds(passes: int, size: int, within: int, nodes: int, network: Network) -> float:
-    inside = (within - 1) / within * size / _NVLINK + (within - 1) * _NVLINK_LATENCY
-    ring = (nodes - 1) / nodes * size / network.node + (nodes - 1) * network.latency
-    tree = size / network.node + math.ceil(math.log2(nodes)) * network.latency
-    return _LAUNCH + passes * (inside + min(ring, tree))
+    inside = (within - 1) / within * size / _NVLINK
+    waiting = (within - 1) * _NVLINK_LATENCY
+    ring = max(inside, (nodes - 1) / nodes * size / network.node) + (nodes - 1) * network.latency
+    tree = max(inside, size / network.node) + math.ceil(math.log2(nodes)) * network.latency
+    return _LAUNCH + passes * (waiting + (ring if nodes == 1 else min(ring, tree)))
 
 
 def tokens_that_hide(communication: float, parameters: int) -> float:

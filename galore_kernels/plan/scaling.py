@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from galore_kernels.plan.errors import PlanError
-from galore_kernels.plan.network import NETWORKS, Network, seconds, tokens_that_hide
+from galore_kernels.plan.network import NETWORKS, Network, check_gpus, seconds, tokens_that_hide
 from galore_kernels.plan.settings import Settings
 from galore_kernels.plan.shapes import LlamaShape, find_model
 from galore_kernels.plan.wire import (
@@ -56,6 +56,7 @@ class Scaling:
 
     def wire(self, scheme: str, gpus: int) -> Amounts:
         """Bytes that each process sends by ring."""
+        check_gpus(gpus)
         return self._amounts(scheme, lambda step: wire(step, gpus))
 
     def seconds(self, scheme: str, gpus: int, network: str | Network) -> Amounts:
@@ -65,7 +66,7 @@ class Scaling:
 
     def calls(self, scheme: str) -> int:
         """All-reduces of a step between two refreshes."""
-        return sum(call.calls for call in self._step(scheme, replace(self.settings, step="ordinary")))
+        return sum(call.calls for call in _step(replace(self.settings, step="ordinary"), scheme, self.bucket_mb))
 
     def sharded(self, gpus: int, *, lowrank: bool) -> list[Collective]:
         """FSDP2's collectives of a step between two refreshes."""
@@ -76,20 +77,9 @@ class Scaling:
         """Bytes of the gradients of embedding, head and norms, which no scheme projects."""
         return self.settings.shape.other_elements * self.settings.dtype.itemsize
 
-    @cached_property
-    def _steps(self) -> dict[tuple[str, Settings], list[Collective]]:
-        return {}
-
-    def _step(self, scheme: str, settings: Settings) -> list[Collective]:
-        key = (scheme, settings)
-        if key not in self._steps:
-            size = None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
-            self._steps[key] = merged(ddp_step(settings, scheme, in_backward(settings.shape), size))
-        return self._steps[key]
-
-    def _amounts(self, scheme: str, of_step: Callable[[list[Collective]], float]) -> Amounts:
+    def _amounts(self, scheme: str, of_step: Callable[[Sequence[Collective]], float]) -> Amounts:
         def amount(settings: Settings) -> float:
-            return of_step(self._step(scheme, settings))
+            return of_step(_step(settings, scheme, self.bucket_mb))
 
         ordinary, refresh = (amount(replace(self.settings, step=step)) for step in ("ordinary", "refresh"))
         return Amounts(ordinary, refresh, mean_over_gap(self.settings, amount))
@@ -128,6 +118,12 @@ class Scaling:
                 for count in gpus
             },
         }
+
+
+@lru_cache(maxsize=64)
+def _step(settings: Settings, scheme: str, bucket_mb: float | None) -> tuple[Collective, ...]:
+    size = None if bucket_mb is None else int(bucket_mb * 2**20)
+    return tuple(merged(ddp_step(settings, scheme, in_backward(settings.shape), size)))
 
 
 def scaling(model: str | Path | LlamaShape, bucket_mb: float | None = None, **options: Any) -> Scaling:

@@ -17,7 +17,18 @@ from galore_kernels.plan.shapes import LlamaShape, Matrix
 from galore_kernels.subspace.factors import PANEL_ROWS
 from galore_kernels.subspace.search import block_columns
 
-__all__ = ["PASSES", "SCHEMES", "Collective", "Scheme", "ddp_step", "in_backward", "merged", "payload", "sharded_step", "wire"]
+__all__ = [
+    "PASSES",
+    "SCHEMES",
+    "Collective",
+    "Scheme",
+    "ddp_step",
+    "in_backward",
+    "merged",
+    "payload",
+    "sharded_step",
+    "wire",
+]
 
 _FLOAT, _INTEGER = torch.float32.itemsize, torch.int64.itemsize
 
@@ -183,7 +194,7 @@ def sharded_step(settings: Settings, shape: LlamaShape, processes: int, *, lowra
     """``fully_shard`` of each layer and of the model, in a step between two refreshes.
 
     A layer's weights are gathered before its forward and its backward pass, those of the rest once (PyTorch leaves the
-    root's there), and every gradient is scattered. Rows are dealt out, and filled up to the same number for each process.
+    root's there), and every gradient is scattered. Rows are dealt out, filled up to the same number for each process.
 
     Args:
         lowrank: with an optimizer that projects. On the right side a process' rows of G are its rows of R, on the left
