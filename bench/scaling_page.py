@@ -114,8 +114,8 @@ def sections() -> list[str]:
     return [
         payloads(models),
         *(times(owns) for owns in models),
-        hidden(models, 64),
         buckets(models[0], 4096),
+        hidden(models, 64),
         sharded(models),
     ]
 
