@@ -188,7 +188,7 @@ def work(rank: int, world: int, folder: str, tasks: list[str]) -> None:
     results: dict[str, Any] = {}
     for name in tasks:
         results[name] = result_of(CASES[name], sharded=True) if name in CASES else TASKS[name](folder)
-    torch.save(results, f"{folder}/{world}-{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

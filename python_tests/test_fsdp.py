@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from fsdp_process import CASES, HALF, SAVED, TARGETS, Training, Uneven, result_of
-from process_groups import run
 from torch import Tensor
+from worker_processes import run
 
 from galore_kernels import galore_param_groups
 
