@@ -17,6 +17,7 @@ from galore_kernels.ops import registry
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Gradients, Plan, observed_options
 from galore_kernels.optim.options import matrix_shape
+from galore_kernels.optim.packed import PackedGradients
 from galore_kernels.optim.pending import Pending
 from galore_kernels.optim.refresh import (
     Found,
@@ -56,7 +57,9 @@ class UpdatingOptimizer(Optimizer):
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
         self._pending = Pending()
-        self._observed = observed_options(self.rule)
+        #: Gradients that are projected already.
+        self.packed = PackedGradients()
+        self.options_of = observed_options(self.rule)
 
     def _select(self, device: torch.device) -> registry.Backend:
         return registry.select(self.rule.served_by, self._backend, device)
@@ -183,12 +186,13 @@ class UpdatingOptimizer(Optimizer):
         state = layout.new_state(param) if fresh else self.state[param]
         step, before, skipped = counted(layout, state), int(state["step"]), int(state["skipped"])
         options = replace(options, rounding_seed=update.rounding_seed(state))
-        due = lowrank is None and is_due(update, state)
+        found = found or self.packed.found(param)
+        due = lowrank is None and (found is not None if update.is_packed else is_due(update, state))
         later = due and is_asynchronous(update, state)
         changed: dict[str, Any] = {}
         weight, new, search, agreed = target, state, None, False
         try:
-            search = self._pending.begin(update, state) if later else None
+            search = self._pending.begin(update, state, found) if later else None
             if due and not later:
                 found = found or find_bases([update], [state], [grad])[0]
                 changed = changes(update, state, found, step, self._backend)
