@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from factored_cases import Model
 from lowrank_ddp_process import CASES, SENSITIVE, STEPS, TARGETS, train
+from worker_processes import run
 
 from galore_kernels import galore_param_groups
 
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, world: int, cases: list[str]) -> list[dict[str, Any]]:
-    """What each of the processes has ended with."""
-    program = f"import sys; sys.path[:] = {sys.path!r}; import lowrank_ddp_process as own; "
-    commands = [
-        [sys.executable, "-c", f"{program}own.work({rank}, {world}, {str(folder)!r}, {cases!r})"]
-        for rank in range(world)
-    ]
-    workers = [subprocess.Popen(command) for command in commands]
-    try:
-        assert [worker.wait(timeout=240) for worker in workers] == [0] * world
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("two"), 2, [*CASES, "faults"])
+    folder = tmp_path_factory.mktemp("two")
+    return run("lowrank_ddp_process", 2, folder, 2, str(folder), [*CASES, "faults"])
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("four"), 4, ["hook", "accumulation"])
+    folder = tmp_path_factory.mktemp("four")
+    return run("lowrank_ddp_process", 4, folder, 4, str(folder), ["hook", "accumulation"])
 
 
 def difference(first: dict[str, Any], second: dict[str, Any]) -> float:

@@ -2,7 +2,8 @@
 
 The reports that these follow are GaLore#2 (ZeRO 1), GaLore#23 (ZeRO 3) and GaLore#47 (FSDP1), where galore_torch raised
 an IndexError in its projector, or trained flat parameters without a projection. What ZeRO does to an optimizer's groups
-was looked at in DeepSpeed 0.19.8 and is imitated here; ``test_deepspeed.py`` has the real one where it is installed.
+was looked at in DeepSpeed 0.19.8 and is imitated here; ``test_wrapped_processes.py`` has the real one
+where it is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from factored_cases import TARGETS, Model, batch, loss_of
+from refusals import AFTERWARDS, FLATTENED, LEFT_BEHIND, PARTITIONED, REPLACED
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -29,12 +31,6 @@ from galore_kernels import (
     galore_param_groups,
     prepare,
 )
-
-REMEDY = r"use fully_shard \(FSDP2\), DistributedDataParallel or ZeRO stage 0 instead; .*galore_kernels.prepare"
-FLATTENED = rf'"\S+"\): expected an unflattened parameter, got one of shape \S.*\(FSDP1\) has flattened.*{REMEDY}'
-PARTITIONED = rf"expected an unflattened parameter, got one of shape .* DeepSpeed ZeRO 3 has partitioned.*{REMEDY}"
-REPLACED = rf"got a flat tensor of shape \(\d+,\) in the place of all matrices, which DeepSpeed does.*{REMEDY}"
-LEFT_BEHIND = rf'"\S+"\): expected a parameter of the model, got one .*\(FSDP1\) has flattened into another.*{REMEDY}'
 
 
 def made(model: nn.Module, kind: Callable[..., Any] = GaLoreFusedAdamW) -> Any:
@@ -186,7 +182,7 @@ def test_parameters_whose_flat_copies_zero_trains_are_refused() -> None:
     model = Model()
     for param in model.parameters():
         param._hp_mapping = None  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=rf"DeepSpeed ZeRO trains a flattened copy of.*{REMEDY}"):
+    with pytest.raises(ValueError, match=AFTERWARDS):
         GaLoreFusedAdamW(model.parameters(), rank=8)
 
 
