@@ -149,6 +149,7 @@ def zero(rank: int) -> dict[str, Any]:
     def engine_of(model: nn.Module, stage: int, dtype: torch.dtype) -> Any:
         config = {
             "train_micro_batch_size_per_gpu": 4,
+            "gradient_clipping": 0.0,  # which is 1.0 unless it is said
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
