@@ -155,7 +155,7 @@ def work(rank: int, world: int, folder: str, cases: list[str]) -> None:
     results: dict[str, Any] = {name: train(CASES[name], rank, world) for name in cases if name in CASES}
     if "faults" in cases:
         results |= {fault.__name__: fault(rank) for fault in FAULTS}
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
 

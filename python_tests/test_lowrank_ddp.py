@@ -8,7 +8,7 @@ import pytest
 import torch
 from factored_cases import Model
 from lowrank_ddp_process import CASES, SENSITIVE, STEPS, TARGETS, train
-from worker_processes import run
+from process_groups import run
 
 from galore_kernels import galore_param_groups
 
@@ -17,14 +17,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("two")
-    return run("lowrank_ddp_process", 2, folder, 2, str(folder), [*CASES, "faults"])
+    return run("lowrank_ddp_process", tmp_path_factory.mktemp("two"), 2, [*CASES, "faults"])
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("four")
-    return run("lowrank_ddp_process", 4, folder, 4, str(folder), ["hook", "accumulation"])
+    return run("lowrank_ddp_process", tmp_path_factory.mktemp("four"), 4, ["hook", "accumulation"])
 
 
 def difference(first: dict[str, Any], second: dict[str, Any]) -> float:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from process_groups import run
 from refusals import AFTERWARDS, FLATTENED, LEFT_BEHIND, PARTITIONED, REPLACED
 from torch import Tensor
-from worker_processes import run
 from wrapped_process import train_alone
 
 pytestmark = pytest.mark.slow
@@ -20,17 +20,15 @@ Results = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("wrapped")
     parts = ["ddp", "fsdp1", *(["accelerate"] if find_spec("accelerate") else [])]
-    return run("wrapped_process", 2, folder, 2, str(folder), parts, timeout=120)
+    return run("wrapped_process", tmp_path_factory.mktemp("wrapped"), 2, parts)
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """With DeepSpeed, whose first import may compile something."""
     pytest.importorskip("deepspeed")
-    folder = tmp_path_factory.mktemp("zero")
-    return [own["zero"] for own in run("wrapped_process", 2, folder, 2, str(folder), ["zero"])]
+    return [own["zero"] for own in run("wrapped_process", tmp_path_factory.mktemp("zero"), 2, ["zero"])]
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

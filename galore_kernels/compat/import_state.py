@@ -17,7 +17,7 @@ from galore_kernels.optim.base import LowRankOptimizer
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import drawn, schedule_of
 from galore_kernels.optim.rules import Adafactor, Apollo
-from galore_kernels.optim.serialization import HEADER, add_header, check_sizes, merged_groups
+from galore_kernels.optim.serialization import HEADER, add_header, check_sizes, merged_groups, with_header
 from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
 from galore_kernels.quantizers import SIGNED_ZERO_CODE, UNSIGNED_ZERO_CODE, block_count, dynamic_map
@@ -40,7 +40,7 @@ _UNIT_TOLERANCE = 0.01
 
 def is_own(state_dict: Mapping[str, Any]) -> bool:
     """Whether an optimizer of this library saved it."""
-    return isinstance(state_dict, Mapping) and HEADER in state_dict
+    return isinstance(state_dict, Mapping) and HEADER in with_header(state_dict)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ mean R then lies in the first elements of ``.grad``, behind it zeros: its norm i
 """
 # No `from __future__ import annotations`: DDP compares the annotations of a hook with the classes they name.
 
-import hashlib
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_kernels.optim.base import LowRankOptimizer
+from galore_kernels.optim.processes import check_agreement
 from galore_kernels.optim.update import Update
 
 
@@ -93,35 +93,10 @@ def reduce_lowrank(model: DistributedDataParallel, optimizer: LowRankOptimizer) 
             "leave the hook out"
         )
     group: dist.ProcessGroup = model.process_group
-    _check_agreement(group, optimizer)
+    check_agreement(type(optimizer).__name__, optimizer.rule, optimizer.param_groups, [group])
     state = LowRankReduction(optimizer, group)
     model.register_comm_hook(state, _reduce)
     model.register_forward_pre_hook(state.begin)
-
-
-def _check_agreement(group: dist.ProcessGroup, optimizer: LowRankOptimizer) -> None:
-    """Raises ValueError in every process unless all have the same parameters in the same groups."""
-    own = _description(optimizer)
-    digest = hashlib.blake2b(own.encode(), digest_size=8).digest()
-    device = optimizer.param_groups[0]["params"][0].device
-    number = torch.tensor([int.from_bytes(digest, "little") >> 1], device=device)
-    extremes = torch.cat([number, -number])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
-    largest, negated = extremes.tolist()
-    if largest != -negated:
-        raise ValueError(
-            f"optimizer: the processes differ in their parameters' shapes or in their groups' options; process "
-            f"{dist.get_rank(group)} has {own}; build model and optimizer alike in all of them"
-        )
-
-
-def _description(optimizer: LowRankOptimizer) -> str:
-    groups = []
-    for group in optimizer.param_groups:
-        options = {key: group[key] for key in sorted(optimizer.rule.keys) if key not in ("params", "param_names")}
-        shapes = [(tuple(param.shape), str(param.dtype)) for param in group["params"]]
-        groups.append(f"{options} of {shapes}")
-    return f"{type(optimizer).__name__}: " + "; ".join(groups)
 
 
 def _reduce(

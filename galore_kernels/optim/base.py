@@ -18,6 +18,8 @@ from galore_kernels.optim.factored import check_dense, check_factored
 from galore_kernels.optim.given import Given
 from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
+from galore_kernels.optim.shard import check_sharding, is_dtensor
+from galore_kernels.optim.sharded_state import as_dtensors
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 
 
@@ -82,8 +84,10 @@ class LowRankOptimizer(OneByOne):
         if undecided({**self.defaults, **group}):
             params = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
             check_budget({**self.defaults, **group, "params": params}, self._layout)
-        for param in group["params"]:
+        for position, param in enumerate(group["params"]):
             tensor = param[1] if isinstance(param, tuple) else param
+            name = _parameter_name(where, position, param)
+            check_sharding(tensor, {**self.defaults, **group}, name, self._refuser)
             gradient, complete = carried_gradient_of(tensor), {**self.defaults, **group, "params": [tensor]}
             if isinstance(gradient, LowRankGradient):
                 if not self.rule.takes_lowrank:
@@ -109,7 +113,7 @@ class LowRankOptimizer(OneByOne):
                     f"{', '.join(type(item).__name__ for item in entry)}; pass model.named_parameters()"
                 )
             param = entry[1] if isinstance(entry, tuple) else entry
-            name = f"{where}, parameter {position}" + (f' ("{_entry_name(entry)}")' if _entry_name(entry) else "")
+            name = _parameter_name(where, position, entry)
             if not isinstance(param, WeightCodes):  # which have no gradient: what updates them is another parameter
                 check_param(param, name)
             check_unflattened(param, name)
@@ -210,12 +214,21 @@ class LowRankOptimizer(OneByOne):
         Loads with ``weights_only=True``. As in torch.optim, the tensors are the optimizer's own, not copies: save or
         deep-copy the dict before the next step, or its checksums no longer fit. The groups' options are not part of
         the checksums (people edit a learning rate there); ``galore_kernels.checkpoint`` covers the whole file.
+
+        Moments of DTensors (``fully_shard``) are DTensors, divided as the parameter; ``torch.distributed.checkpoint``
+        saves them, and loads them into any number of processes. It leaves the checksums out.
         """
         self._take_pending()
-        return serialization.add_header(super().state_dict(), type(self).__name__)
+        state_dict = super().state_dict()
+        for index, _, param, group in self._named_params():
+            if is_dtensor(param) and index in state_dict["state"]:
+                state_dict["state"][index] = as_dtensors(state_dict["state"][index], self._layout(param, group))
+        return serialization.add_header(state_dict, type(self).__name__)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict()`` gave, copied to the parameters' devices and never cast.
+
+        Parameters that are DTensors take DTensors, or whole tensors, of which each process keeps its part.
 
         Raises:
             ValueError: it is of another version, optimizer, rank or shape, lacks fields, holds NaN or does not match
@@ -236,6 +249,10 @@ class LowRankOptimizer(OneByOne):
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _parameter_name(where: str, position: int, entry: Any) -> str:
+    return f"{where}, parameter {position}" + (f' ("{_entry_name(entry)}")' if _entry_name(entry) else "")
 
 
 def _entry_name(entry: Any) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_kernels.optim.shard import local
+
 
 def _tensor_crc(tensor: Tensor, crc: int) -> int:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if flat.numel() == 0:
         return crc
     # A view of the memory without a copy, and without asking for numpy.

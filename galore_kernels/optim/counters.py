@@ -20,6 +20,7 @@ class Counter:
             skipped step adds none), so that ``steps`` plus the calls since then is a bound from above.
         skips: the largest value of ``skipped`` that the user has been told of, or that was there at the start.
         captured: a CUDA graph holds steps of this state; its replays count without the optimizer being called.
+        adds_skips: ``steps`` are those taken and those skipped, as the schedule of a part counts them.
     """
 
     step: Tensor
@@ -28,6 +29,7 @@ class Counter:
     calls: int
     skips: int
     captured: bool = False
+    adds_skips: bool = False
 
     def call_of(self, step: int) -> int:
         """The earliest call before which ``step`` may be reached, replays of graphs apart."""
@@ -64,19 +66,24 @@ class Counters:
         known.steps, known.calls, known.skips = steps, self.calls + 1, skips
         return before
 
-    def watch(self, states: Sequence[Mapping[str, Any]]) -> list[Counter]:
+    def watch(self, states: Sequence[Mapping[str, Any]], *, adds_skips: bool = False) -> list[Counter]:
         """The counters of states on one device; those not known are read, all at once."""
         unknown = [state for state in states if self.of(state) is None]
         if unknown:
             steps = read([state["step"] for state in unknown])
             skips = read([state["skipped"] for state in unknown])
             for state, step, skip in zip(unknown, steps, skips, strict=True):
-                self._known[id(state["step"])] = Counter(state["step"], state["skipped"], step, self.calls, skip)
-        return [self._known[id(state["step"])] for state in states]
+                counted = step + (skip if adds_skips else 0)
+                self._known[id(state["step"])] = Counter(state["step"], state["skipped"], counted, self.calls, skip)
+        found = [self._known[id(state["step"])] for state in states]
+        for counter in found:
+            counter.adds_skips = adds_skips
+        return found
 
     def update(self, counters: Sequence[Counter]) -> None:
-        """Reads ``step`` of counters on one device."""
-        for counter, steps in zip(counters, read([counter.step for counter in counters]), strict=True):
+        """Reads ``steps`` of counters on one device."""
+        sums = [counter.step + counter.skipped if counter.adds_skips else counter.step for counter in counters]
+        for counter, steps in zip(counters, read(sums), strict=True):
             counter.steps, counter.calls = steps, self.calls
 
     def keep(self, states: Iterable[Mapping[str, Any]]) -> None:

@@ -31,6 +31,7 @@ from galore_kernels.optim.counters import Counter, Counters
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import due_at
 from galore_kernels.optim.rules import Rule
+from galore_kernels.optim.shard import local
 from galore_kernels.optim.update import Update
 
 #: By the index of their parameters.
@@ -85,7 +86,7 @@ def observe(
     ``observed_options``. Equal to nothing, not to itself either, if an option is a tensor, which may change in place.
 
     Args:
-        grads: of all parameters.
+        grads: of all parameters; of DTensors this process' parts.
         weights: those whose gradients parameters carry, with the scales of int8 ones.
         carriers: ids of parameters that lie where their gradients do.
     """
@@ -96,7 +97,8 @@ def observe(
         if any(issubclass(kind, Tensor) for kind in kinds):
             return math.nan
         options.append((kinds, values, len(group["params"])))
-    params = [*(param for group in groups for param in group["params"]), *weights]
+    given = [param for group in groups for param in group["params"]]
+    params = [*map(local, given), *weights]
     placed = [param for param in params if id(param) not in carriers] if carriers else params
     present = [grad for grad in grads if grad is not None]
     own = own_states(states)
@@ -105,7 +107,8 @@ def observe(
     # parameter's address tells its device too. ``.data = `` moves a tensor that stays the same object.
     return (
         options,
-        list(map(id, params)),
+        list(map(id, given)),
+        list(map(id, weights)),
         list(map(Tensor.data_ptr, placed)),
         list(map(_dtype, params)),
         list(map(_shape, params)),
@@ -161,6 +164,7 @@ class PlannedGroup:
         self._copies = not all(member.grad.is_contiguous() for member in members)
         side = first.layout.side
         self._shape = matrix_shape(first.weight.shape) if side is not None and first.weight.dim() != 2 else None
+        self._views = self._shape is not None and not first.takes_lowrank
         own = [states[param] for param in self.params]
         pairs = zip(members, own, strict=True)
         seeds = tuple(seed for member, state in pairs if (seed := member.rounding_seed(state)) is not None)
@@ -171,11 +175,11 @@ class PlannedGroup:
             states=tuple(map(first.layout.rule.tensors, own)),
             rounding_seeds=seeds or None,
             weight_scales=tuple(scale for member in members if (scale := member.weight_scale) is not None),
-            **first.layout.rule.group_fields(first.group, first.layout, own),
+            **first.layout.rule.group_fields(first.group, first.layout, list(map(first.layout.operands, own))),
         )
         _check(group, options)
         self._update = backend.group(group)
-        self.counters = counters.watch(own)
+        self.counters = counters.watch(own, adds_skips=first.layout.shard is not None)
         self._states = own if side is not None and first.factored is None else None
         # The replays of a graph count unseen: then every call has to ask.
         self._always_ask = any(counter.captured for counter in self.counters)
@@ -224,7 +228,7 @@ class PlannedGroup:
         grads: list[Any] = [gradients[index] for index in self._indices]
         if self._copies:
             grads = [grad.contiguous() for grad in grads]
-        if self._shape is not None:
+        if self._views:
             grads = [grad.view(self._shape) for grad in grads]
         if torch.is_autocast_enabled(self.device.type):  # see galore_kernels.ops.library
             with torch.autocast(self.device.type, enabled=False):
@@ -249,6 +253,7 @@ class Plan:
         factored: what carries a low-rank gradient.
         count: of the parameters.
         watched: on each device where reading makes wait, name and counter of what is updated in groups.
+        sums: what needs the sum of all processes' projections, in order.
     """
 
     def __init__(
@@ -264,6 +269,7 @@ class Plan:
         self.backends, self.count = backends, len(updates)
         self.alone: list[Update] = []
         self.factored = [update for update in updates if update.factored is not None]
+        self.sums = [update for update in updates if update.layout.sums]
         together: dict[tuple[Any, ...], list[Update]] = defaultdict(list)
         for update in updates:
             reason = self.reason_to_be_alone(update, states)
@@ -303,6 +309,8 @@ class Plan:
             return f"backend {backend.name} has no {operation} for several tensors"
         if type(update.weight) not in _PLAIN_TYPES or update.weight.is_inference():
             return "it is no plain parameter"
+        if not update.weight.numel():
+            return "this process has none of it"
         return None if update.weight.is_contiguous() else "it is not contiguous"
 
     def rest_on(self, seen: object, states: States) -> None:
@@ -327,13 +335,15 @@ def _key(update: Update, state: Mapping[str, Any]) -> tuple[Any, ...]:
     """What members of one group have in common."""
     weight, layout = update.weight, update.layout
     bases = [state[name].dtype for name in layout.bases]
-    kind = (operation_of(update), weight.device, weight.dtype, weight.shape, update.grad.dtype, *bases)
-    return id(update.group), *kind, layout.rank, layout.side, layout.eight_bit, "exp_avg_absmax" in state
+    grad_dtype = torch.float32 if layout.sums else update.grad.dtype
+    kind = (operation_of(update), weight.device, weight.dtype, weight.shape, grad_dtype, *bases)
+    own = layout.rank, layout.side, layout.eight_bit, layout.shard, "exp_avg_absmax" in state
+    return id(update.group), *kind, *own
 
 
 def operation_of(update: Update) -> str:
     """The operation of ``galore_kernels.ops`` that updates it."""
-    return update.layout.rule.operation(update.layout, is_lowrank=update.is_lowrank)
+    return update.layout.rule.operation(update.layout, is_lowrank=update.takes_lowrank)
 
 
 def _refuse_unfit(updates: Iterable[Update], states: States, counters: Counters) -> None:

@@ -11,10 +11,10 @@ from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.counters import Counter
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import matrix_shape
+from galore_kernels.optim.refresh import projected
 from galore_kernels.optim.scalars import Unscaling
 from galore_kernels.optim.step import SteppingOptimizer
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import project_rows
 
 
 class OneByOne(SteppingOptimizer):
@@ -99,11 +99,7 @@ class OneByOne(SteppingOptimizer):
     @torch.no_grad()
     def projected(self, update: Update, grad: Tensor) -> Tensor:
         """The parameter's gradient ``grad`` in its subspace, (L, r) float32."""
-        state, grad = self.state[update.param], grad.reshape(matrix_shape(grad.shape)).float()
-        with torch.autocast(grad.device.type, enabled=False):
-            oriented = grad if update.layout.side == "right" else grad.T
-            lowrank = project_rows(oriented, state["basis"], state.get("basis_scale"))
-            return state["long_basis"].float().T @ lowrank if "long_basis" in state else lowrank
+        return projected(update, grad, self.state[update.param])
 
     @torch.no_grad()
     def end_step(self) -> None:

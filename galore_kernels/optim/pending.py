@@ -19,8 +19,8 @@ class Pending:
     """Refreshes begun in one step and taken over at the beginning of the next: never in between, on any device.
 
     On a GPU the search runs on a stream and in a thread of its own (it reads numbers back, for which a host waits),
-    beside the forward and backward pass that follow. On the CPU, which has no time to spare, it runs at once, to the
-    same effect.
+    beside the forward and backward pass that follow. On the CPU, which has no time to spare, and of gradients that
+    processes have parts of, whose collectives need one order, it runs at once, to the same effect.
 
     Where TF32 is allowed, products of float32 training steps that run beside a search are kept from it, as the search's
     are (PyTorch's switch is one for all threads): their last bits then depend on what ran when.
@@ -39,7 +39,7 @@ class Pending:
         """Begins to find the bases in a copy of the parameter's gradient; to be handed to ``keep``, or dropped."""
         device = update.param.device
         future: Future[Search]
-        if device.type != "cuda":
+        if device.type != "cuda" or update.layout.shard is not None:
             future = Future()
             future.set_result((find_bases([update], [state], [update.grad])[0], None))
         else:

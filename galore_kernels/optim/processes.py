@@ -1,9 +1,14 @@
-"""Data-parallel processes: those of a run find one basis together, in the mean of their gradients.
+"""The processes of a run: that they agree, and how those with tokens of their own find one basis together.
 
-Each has factors of its own tokens, while the low-rank gradients that are averaged have to be taken in one basis.
+In prepared layers each has factors of its own tokens, while the low-rank gradients that are averaged have to be taken
+in one basis.
 """
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,11 +17,47 @@ from torch import Tensor
 from galore_kernels.optim.update import Update
 from galore_kernels.subspace import AllReduce, Factors
 
+if TYPE_CHECKING:
+    from galore_kernels.optim.rules import Rule
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 #: The default process group, and the one that was made for it. In a group of its own the search can't be taken for, nor
 #: wait for, the gradients' all-reduce, which is under way in the same backward pass.
 _made: tuple[object, dist.ProcessGroup] | None = None
+
+
+def check_agreement(
+    optimizer: str, rule: Rule, param_groups: Sequence[Mapping[str, Any]], groups: Sequence[dist.ProcessGroup]
+) -> None:
+    """Raises ValueError in every process unless all have the same parameters in the same groups.
+
+    Args:
+        optimizer: its class' name.
+        groups: of processes; through them all are connected.
+    """
+    own = _description(optimizer, rule, param_groups)
+    digest = hashlib.blake2b(own.encode(), digest_size=8).digest()
+    device = param_groups[0]["params"][0].device
+    number = torch.tensor([int.from_bytes(digest, "little") >> 1], device=device)
+    extremes = torch.cat([number, -number])
+    for group in groups:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    largest, negated = extremes.tolist()
+    if largest != -negated:
+        raise ValueError(
+            f"optimizer: the processes differ in their parameters' shapes or in their groups' options; process "
+            f"{dist.get_rank()} has {own}; build model and optimizer alike in all of them"
+        )
+
+
+def _description(optimizer: str, rule: Rule, param_groups: Sequence[Mapping[str, Any]]) -> str:
+    described = []
+    for group in param_groups:
+        options = {key: group[key] for key in sorted(rule.keys) if key not in ("params", "param_names")}
+        shapes = [(tuple(param.shape), str(param.dtype)) for param in group["params"]]
+        described.append(f"{options} of {shapes}")
+    return f"{optimizer}: " + "; ".join(described)
 
 
 def factors_of(update: Update, pairs: list[tuple[Tensor, Tensor]]) -> Factors | None:

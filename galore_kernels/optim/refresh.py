@@ -12,16 +12,18 @@ from torch import Tensor
 from galore_kernels import ops
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.rules import Adam
-from galore_kernels.optim.state import adam_state, float_basis, refresh_record
+from galore_kernels.optim.state import Layout, adam_state, float_basis, refresh_record
 from galore_kernels.optim.update import Update, derived_seed
 from galore_kernels.subspace import (
     Gradient,
     RefreshRecord,
     Schedule,
+    ShardedGradient,
     Subspace,
     find_subspaces,
     full_precision,
     in_batches,
+    project_rows,
 )
 
 Changes = dict[str, Any]
@@ -36,11 +38,16 @@ def is_due(update: Update, state: Mapping[str, Any]) -> bool:
     Not with a gradient that is projected already, of which there is nothing to find it in: see ``factored``.
     """
     projects = update.layout.rank is not None and not update.is_lowrank
-    return projects and int(state["step"]) >= due_at(update, state)
+    return projects and counted(update.layout, state) >= due_at(update, state)
+
+
+def counted(layout: Layout, state: Mapping[str, Any]) -> int:
+    """Steps as the schedule counts them: those taken; of a part skipped ones too, which other parts may have taken."""
+    return int(state["step"]) + (int(state["skipped"]) if layout.shard is not None else 0)
 
 
 def due_at(update: Update, state: Mapping[str, Any]) -> int:
-    """The value of the parameter's step counter from which on its basis has to be found."""
+    """The number of steps, as ``counted``, from which on the parameter's basis has to be found."""
     return schedule_of(update).due_at(refresh_record(state))
 
 
@@ -67,7 +74,7 @@ def batches(updates: Sequence[Update], states: Mapping[Tensor, Mapping[str, Any]
         if update.layout.rank is not None and in_batches(update.param.device):
             grad, group = update.grad, update.group
             warm = bool(states.get(update.param)) and group["warm_start"]
-            kind = (grad.device, grad.dtype, matrix_shape(grad.shape))
+            kind = (grad.device, grad.dtype, matrix_shape(grad.shape), update.param.shape)
             key = (*kind, update.layout.side, update.layout.rank, id(group), warm)
         together.setdefault(key, []).append(update)
     return list(together.values())
@@ -91,7 +98,7 @@ def find_bases(
 ) -> list[Found]:
     """The subspace of each basis of parameters that ``batches`` has put together. Changes nothing."""
     first, records = updates[0], [refresh_record(state) for state in states]
-    matrices = [g.reshape(matrix_shape(g.shape)) if isinstance(g, Tensor) else g for g in gradients]
+    matrices = [_matrix(update, gradient) for update, gradient in zip(updates, gradients, strict=True)]
     oriented = [matrix if first.layout.side == "right" else matrix.T for matrix in matrices]
     warm = first.group["warm_start"] and first.layout.bases.keys() <= states[0].keys()
     found: list[Found] = [{} for _ in updates]
@@ -110,6 +117,23 @@ def find_bases(
         for own, subspace in zip(found, subspaces, strict=True):
             own[name] = subspace
     return found
+
+
+def _matrix(update: Update, gradient: Gradient) -> Gradient:
+    """What is searched: of a part the whole gradient."""
+    if not isinstance(gradient, Tensor):
+        return gradient
+    matrix, shard = gradient.reshape(matrix_shape(gradient.shape)), update.layout.shard
+    return matrix if shard is None else ShardedGradient(matrix, shard.start, shard.whole[0], 0, shard.all_reduce)
+
+
+def projected(update: Update, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """The gradient in the subspace of ``state``, (L, r) float32; of a part that ``sums``, its terms of that sum."""
+    grad, operands = grad.reshape(matrix_shape(grad.shape)).float(), update.layout.operands(state)
+    with torch.autocast(grad.device.type, enabled=False):
+        oriented = grad if update.layout.side == "right" else grad.T
+        lowrank = project_rows(oriented, operands["basis"], operands.get("basis_scale"))
+        return operands["long_basis"].float().T @ lowrank if "long_basis" in operands else lowrank
 
 
 def changes(update: Update, state: Mapping[str, Any], found: Found, step: int, backend: str) -> Changes:

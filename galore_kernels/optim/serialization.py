@@ -12,6 +12,7 @@ from galore_kernels.nn import DenseGradient, LowRankGradient, bare_name
 from galore_kernels.optim.checksum import state_checksum
 from galore_kernels.optim.options import STRUCTURAL, check_group
 from galore_kernels.optim.rules import Rule
+from galore_kernels.optim.sharded_state import own_part
 from galore_kernels.optim.state import Layout, check_state
 
 FORMAT_VERSION = 2
@@ -21,9 +22,13 @@ NamedParams = list[tuple[int, str, Tensor, dict[str, Any]]]
 
 
 def add_header(state_dict: dict[str, Any], optimizer: str) -> dict[str, Any]:
-    """Adds the format version, the optimizer's name and a checksum per parameter under the key "galore_kernels"."""
+    """Adds the format version, the optimizer's name and a checksum per parameter under the key "galore_kernels".
+
+    Version and name are in each group as well: ``torch.distributed.checkpoint`` keeps nothing else.
+    """
     checksums = {index: state_checksum(state) for index, state in state_dict["state"].items()}
-    state_dict["param_groups"] = [{k: _plain(v) for k, v in g.items()} for g in state_dict["param_groups"]]
+    origin = {HEADER: f"{optimizer}, format {FORMAT_VERSION}"}
+    state_dict["param_groups"] = [{k: _plain(v) for k, v in g.items()} | origin for g in state_dict["param_groups"]]
     state_dict[HEADER] = {"format_version": FORMAT_VERSION, "optimizer": optimizer, "checksums": checksums}
     return state_dict
 
@@ -48,21 +53,22 @@ def checked(
 
     Raises ValueError otherwise; see ``GaLoreFusedAdam8bit.load_state_dict``. Changes nothing.
     """
-    checksums = _check_header(state_dict, optimizer)
+    checksums = _check_header(with_header(state_dict), optimizer)
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     new_groups = merged_groups(saved_groups, groups, rule)
     indices = [index for group in saved_groups for index in group["params"]]
     belongs = len(set(indices)) == len(indices) and set(saved_state) <= set(indices)
-    if not belongs or set(checksums) != set(saved_state):
+    if not belongs or (checksums is not None and set(checksums) != set(saved_state)):
         raise ValueError("state_dict: its state does not belong to its param_groups; the checkpoint is damaged")
     state: dict[Tensor, dict[str, Any]] = {}
     merged = [group for group in new_groups for _ in group["params"]]
     for saved_index, (_, name, param, _), group in zip(indices, params, merged, strict=True):
         if saved_index not in saved_state:
             continue
-        entry = saved_state[saved_index]
-        check_state(entry, param, layout_of(param, group), name)
-        if state_checksum(entry) != checksums[saved_index]:
+        saved, layout = saved_state[saved_index], layout_of(param, group)
+        entry = own_part(saved, layout, name) if isinstance(saved, Mapping) else saved
+        check_state(entry, param, layout, name)
+        if checksums is not None and state_checksum(saved) != checksums[saved_index]:
             raise ValueError(
                 f"{name}: its state does not match its checksum: the checkpoint is damaged, or the dict was kept "
                 "over a step without being copied; go back to an earlier one"
@@ -74,7 +80,17 @@ def checked(
     return state, new_groups
 
 
-def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any, int]:
+def with_header(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The dict, with the header that its groups tell if it lost its own, and has no checksums any more."""
+    groups = state_dict.get("param_groups") if HEADER not in state_dict else None
+    origins = {str(group.get(HEADER)) for group in groups or () if isinstance(group, Mapping)}
+    name, _, version = origins.pop().partition(", format ") if len(origins) == 1 else ("", "", "")
+    if not version.isdecimal():
+        return state_dict
+    return {**state_dict, HEADER: {"format_version": int(version), "optimizer": name, "checksums": None}}
+
+
+def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any, int] | None:
     missing = [key for key in ("state", "param_groups", HEADER) if key not in state_dict]
     if missing:
         raise ValueError(
@@ -92,8 +108,8 @@ def _check_header(state_dict: Mapping[str, Any], optimizer: str) -> Mapping[Any,
         )
     if header.get("optimizer") != optimizer:
         raise ValueError(f"state_dict: saved by {header.get('optimizer')}, not {optimizer}; construct that optimizer")
-    checksums = header.get("checksums")
-    if not isinstance(checksums, Mapping):
+    checksums = header.get("checksums", ())
+    if checksums is not None and not isinstance(checksums, Mapping):
         raise ValueError("state_dict: its checksums are missing; the checkpoint is damaged")
     return checksums
 
@@ -123,7 +139,7 @@ def merged_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]], ru
                     f"{where}: {key}={old[key]!r}, the optimizer was built with {key}={new[key]!r}; "
                     "the state can't be converted: use the checkpoint's value, or start with fresh state"
                 )
-        options = {**new, **{key: _copied(value) for key, value in old.items()}}
+        options = {**new, **{key: _copied(value) for key, value in old.items() if key != HEADER}}
         options.update({key: new[key] for key in ("params", "param_names", "rank_is_explicit") if key in new})
         for key in (*rule.own_keys, "chosen_ranks"):
             options[key] = tuple(options[key]) if isinstance(options[key], list) else options[key]

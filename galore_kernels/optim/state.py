@@ -14,6 +14,7 @@ from galore_kernels.nn import lowrank_gradient_of
 from galore_kernels.ops.adam import WEIGHT_DTYPES, AdamState
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.options import AUTO, matrix_shape, projected_rank, side_of
+from galore_kernels.optim.shard import Shard, shard_of
 from galore_kernels.quantizers import BASIS_CODE_DTYPES, BLOCK_SIZE, basis_code_shape, dequantize_basis, quantize_basis
 from galore_kernels.subspace import RANK_MULTIPLE, RefreshRecord
 
@@ -33,11 +34,12 @@ class Layout:
         side: of the update operation ("left" or "right"), or None at full rank.
         bases: name -> shape of the bases, or of their codes; empty at full rank.
         basis_format: of a quantized basis, or None.
-        moments: shape of what the moments are of: the gradient, or its projection.
+        moments: shape of what the moments are of: the gradient, or its projection; of a ``shard``, this process' part.
         eight_bit: whether they are 8-bit.
         short: the dimension that is projected; 0 at full rank.
         draws: whether the basis is drawn from a seed, and not kept.
         first_moment: whether there is one.
+        shard: what this process has of a DTensor, else None.
     """
 
     rule: Rule
@@ -50,16 +52,27 @@ class Layout:
     short: int = 0
     draws: bool = False
     first_moment: bool = True
+    shard: Shard | None = None
+
+    @property
+    def sums(self) -> bool:
+        """Whether the projection is a sum over processes, of which each has some terms; its moments are then whole."""
+        return self.shard is not None and self.side == "left"
+
+    def operands(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``state`` as the update of this process' part takes it: of the bases the rows that belong to it."""
+        return {**state, "basis": state["basis"][self.shard.rows]} if self.shard and self.sums else state
 
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any], rule: Rule) -> Layout:
         """The layout that ``param`` has in ``group``, for the optimizer's rule."""
         factored = lowrank_gradient_of(param)
         rank = projected_rank(param, group) if factored is None else factored.rank
-        first = rule.has_first_moment(group)
+        first, shard = rule.has_first_moment(group), shard_of(param)
         if rank is None:
-            shape = tuple(param.shape)
-            return cls(rule, None, None, {}, shape, rule.is_eight_bit(param.numel()), first_moment=first)
+            shape = tuple(param.shape) if shard is None else shard.shape
+            eight_bit = rule.is_eight_bit(param.numel())
+            return cls(rule, None, None, {}, shape, eight_bit, first_moment=first, shard=shard)
         side = side_of(param, group) if factored is None else factored.side
         both = side == "full"
         side = "right" if both else side
@@ -74,7 +87,9 @@ class Layout:
         # Chosen ranks are fitted to a budget: moments have the format of the least, so that bytes rise with ranks.
         least = min(rank, RANK_MULTIPLE) if group["rank"] == AUTO else rank
         eight_bit = rule.is_eight_bit(least * (least if both else long))
-        return cls(rule, rank, side, bases, moments, eight_bit, basis_format, short, draws, first)
+        if shard is not None and side == "right":
+            moments = (shard.size, rank)
+        return cls(rule, rank, side, bases, moments, eight_bit, basis_format, short, draws, first, shard)
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether the tensors of ``state`` have this layout's shapes and, of moments and codes, its dtypes."""
@@ -149,7 +164,7 @@ def tensor_bytes(state: Mapping[str, Any]) -> int:
 
 def check_state(state: Mapping[str, Any], param: Tensor, layout: Layout, where: str) -> None:
     """Raises ValueError naming the parameter unless a loaded state is whole, of this layout and finite."""
-    expected = layout.new_state(torch.empty_like(param, device="meta"))
+    expected = layout.new_state(torch.empty(0, dtype=param.dtype, device="meta"))
     if not isinstance(state, Mapping):
         raise ValueError(f"{where}: its state is a {type(state).__name__}, expected a dict; the state is damaged")
     if set(state) != set(expected):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,14 @@ from galore_kernels.optim.given import Given
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_param, check_scheduled
 from galore_kernels.optim.packed import PackedGradients
-from galore_kernels.optim.processes import factors_of
+from galore_kernels.optim.processes import check_agreement, factors_of
 from galore_kernels.optim.refresh import (
     changes,
     find_bases,
     take_over,
 )
 from galore_kernels.optim.scalars import Unscaling
+from galore_kernels.optim.shard import Shard, check_sharding, local
 from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
 from galore_kernels.optim.updating import UpdatingOptimizer, warn_caller, worth_telling
@@ -55,6 +56,8 @@ class SteppingOptimizer(UpdatingOptimizer):
         self._everything: dict[int, Update] = {}
         # Bases found in this step's factors.
         self._findings: list[factored.Finding] = []
+        # Whether the processes that have parts of parameters have been compared.
+        self._has_agreed = False
         #: Gradients that are projected already.
         self.packed = PackedGradients()
         # Of the prepared layers.
@@ -220,7 +223,8 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _planned(self, unscaling: Unscaling) -> tuple[Plan, list[Tensor | None], bool]:
         """The step's plan, all parameters' gradients, and whether a CUDA graph is being captured. Changes nothing."""
         params = [param for group in self.param_groups for param in group["params"]]
-        grads = list(self.packed.seen(params, [param.grad for param in params]))
+        grads = [None if grad is None else local(grad) for grad in (param.grad for param in params)]
+        grads = list(self.packed.seen(params, grads))
         plan, self._plan = self._plan, None
         if (
             plan is not None
@@ -236,7 +240,8 @@ class SteppingOptimizer(UpdatingOptimizer):
         self._counters.keep(multi_tensor.own_states(self.state))
         plan = self._plan_of(updates, unscaling, capture=capture)
         # Of parameters that are left out until their ranks are chosen a plan would not hear again.
-        if plan.groups and not capture and len(updates) == sum(grad is not None and grad.numel() > 0 for grad in grads):
+        present = sum(param.grad is not None and param.numel() > 0 for param in params)
+        if plan.groups and not capture and len(updates) == present:
             plan.rest_on(self._observe(grads), self.state)
             self._plan = plan
         return plan, grads, capture
@@ -260,11 +265,24 @@ class SteppingOptimizer(UpdatingOptimizer):
         updates = [u for u in self.listed() if u.param.grad is not None and u.param.numel() > 0]
         for update in updates:
             self._check(update)
+        self._agree([update.layout.shard for update in updates if update.layout.shard is not None])
         return self._with_chosen_ranks(updates, unscaling)
 
     def check_held(self) -> None:
         """Raises ValueError or RuntimeError if a wrapper has flattened the parameters, or put others in their place."""
         self._given.check((name, param) for _, name, param, _ in self._named_params())
+
+    def _agree(self, shards: Sequence[Shard]) -> None:
+        """Raises ValueError, once and in all processes, if those that have parts have other parameters or options."""
+        if shards and not self._has_agreed:
+            meshes = {id(shard.mesh): shard.mesh for shard in shards}.values()
+            groups = [mesh.get_group(place) for mesh in meshes for place in range(mesh.ndim)]
+            check_agreement(type(self).__name__, self.rule, self.param_groups, groups)
+            self._has_agreed = True
+
+    @property
+    def _refuser(self) -> str | None:
+        return None if self.rule.takes_shards else type(self).__name__
 
     def _check_groups(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -272,6 +290,7 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def _check(self, update: Update) -> None:
         check_param(update.param, update.name)
+        check_sharding(update.param, update.group, update.name, self._refuser)
         update.check(self.state.get(update.param))
 
     def listed(self) -> list[Update]:

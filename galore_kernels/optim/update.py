@@ -12,6 +12,7 @@ from torch import Tensor
 
 from galore_kernels.nn import CarriedGradient, LowRankGradient
 from galore_kernels.optim.packed import projection
+from galore_kernels.optim.shard import is_dtensor, local, placements
 from galore_kernels.optim.state import Layout
 
 
@@ -46,8 +47,8 @@ class Update:
 
     @property
     def weight(self) -> Tensor:
-        """The tensor that is updated: the parameter, or the one whose gradient it carries."""
-        return self.param if self.carried is None else self.carried.weight
+        """The tensor that is updated: the parameter, this process' part of it, or the one whose gradient it carries."""
+        return local(self.param) if self.carried is None else self.carried.weight
 
     @property
     def weight_scale(self) -> Tensor | None:
@@ -60,9 +61,14 @@ class Update:
         return self.is_packed or self.factored is not None
 
     @property
+    def takes_lowrank(self) -> bool:
+        """Whether what updates the weight is given a projected gradient."""
+        return self.is_lowrank or self.layout.sums
+
+    @property
     def grad(self) -> Tensor:
-        """The gradient. It is not held: a plan lives longer than the gradients of the step it was made for."""
-        grad = cast(Tensor, self.param.grad)
+        """The gradient of ``weight``. It is not held: a plan lives longer than the gradients it was made for."""
+        grad = local(cast(Tensor, self.param.grad))
         return projection(grad, self.layout.moments) if self.is_packed else grad
 
     def check(self, state: Mapping[str, Any] | None) -> None:
@@ -70,6 +76,11 @@ class Update:
         param, grad, name = self.param, self.grad, self.name
         if grad.layout != torch.strided or grad.is_complex():
             raise ValueError(f"{name}: expected a dense real gradient, got {grad.layout}, {grad.dtype}; densify it")
+        if is_dtensor(param) and placements(param.grad) != placements(param):
+            raise ValueError(
+                f"{name}: expected a gradient that is divided as the weight, {placements(param)}, got "
+                f"{placements(param.grad)}; leave the gradients to fully_shard"
+            )
         if not grad.is_floating_point() or grad.dtype == torch.float64:
             raise ValueError(f"{name}: expected a float32, bfloat16 or float16 gradient, got {grad.dtype}")
         if grad.is_inference():
@@ -80,7 +91,7 @@ class Update:
                 f"{name}: the weight is on {param.device}, its gradient or its state is not; move the model before "
                 "the first step, or load the optimizer's state_dict again after moving it"
             )
-        shape = torch.Size(self.layout.moments) if self.is_packed else param.shape
+        shape = torch.Size(self.layout.moments) if self.is_packed else local(param).shape
         if grad.shape != shape or (state and not self.layout.fits(state)):
             options = ", ".join(("rank", "proj_type", *self.layout.rule.structural))
             raise ValueError(
@@ -96,7 +107,9 @@ class Update:
             return None
         # The random bits of a seed depend on Adam's step counter, which "reset" sets back.
         reset = self.layout.rank is not None and self.group["moments_on_refresh"] == "reset"
-        return derived_seed(self.group["seed"], self.index, "rounding", *([state["refreshes"]] if reset else []))
+        refreshes = [state["refreshes"]] if reset else []
+        first_row = [] if self.layout.shard is None else [f"row {self.layout.shard.start}"]
+        return derived_seed(self.group["seed"], self.index, "rounding", *refreshes, *first_row)
 
 
 def derived_seed(*parts: object) -> int:

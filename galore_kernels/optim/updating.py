@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,10 +22,12 @@ from galore_kernels.optim.refresh import (
     Found,
     batches,
     changes,
+    counted,
     find_bases,
     find_together,
     is_asynchronous,
     is_due,
+    projected,
     take_over,
 )
 from galore_kernels.optim.rules import Rule
@@ -86,6 +89,9 @@ class UpdatingOptimizer(Optimizer):
                     f"{group.members[0].name}: the kernels of its group have not been loaded yet, which a CUDA graph "
                     "can't hold; take one more step outside of the capture"
                 )
+        summed = self._summed(plan, done, apart)
+        if summed:
+            grads = {**(grads if isinstance(grads, Mapping) else dict(enumerate(grads))), **summed}
         for planned in groups:
             options = self._options(planned.group, planned.device, unscaling, capture=capture)
             some = planned.without(apart, self.state, options, counters)
@@ -112,9 +118,34 @@ class UpdatingOptimizer(Optimizer):
             found = find_together(batch, self.state)
             for update in batch:
                 own_options = self._options(update.group, update.param.device, unscaling)
-                before, skips = self._apply(update, own_options, found.pop(id(update.param), None), finished)
+                own_found, lowrank = found.pop(id(update.param), None), summed.get(update.index)
+                before, skips = self._apply(update, own_options, own_found, finished, lowrank)
                 # Last: a warning may be turned into an exception.
                 self._report_skip(update.name, before, skips)
+
+    def _summed(self, plan: Plan, done: set[int], apart: set[int]) -> dict[int, Tensor]:
+        """The projections that processes have terms of, summed, by the parameters' index; not of what is refreshed.
+
+        ``apart``: ids of parameters that are in no group in this step, or ``done``.
+        """
+        parts = []
+        for update in plan.sums:
+            state = self.state.get(update.param)
+            alone = id(update.param) in apart
+            if state and id(update.param) not in done and not (alone and is_due(update, state)):
+                parts.append((update, projected(update, update.grad, state)))
+        by_group: dict[int, list[tuple[Update, Tensor]]] = defaultdict(list)
+        for update, part in parts:
+            by_group[id(update.layout.shard.group)].append((update, part))  # type: ignore[union-attr]
+        summed: dict[int, Tensor] = {}
+        for own in by_group.values():
+            shard, flat = own[0][0].layout.shard, torch.cat([part.flatten() for _, part in own])
+            shard.all_reduce(flat)  # type: ignore[union-attr]
+            pieces = flat.split([part.numel() for _, part in own])
+            summed.update(
+                {update.index: piece.view(part.shape) for (update, part), piece in zip(own, pieces, strict=True)}
+            )
+        return summed
 
     def _options(
         self, group: Mapping[str, Any], device: torch.device, unscaling: Unscaling, *, capture: bool = False
@@ -146,17 +177,16 @@ class UpdatingOptimizer(Optimizer):
         Returns how many of its steps had been skipped as far as is known, and are now.
         """
         param, group, layout, target = update.param, update.group, update.layout, update.weight
-        is_lowrank = lowrank is not None or update.is_lowrank
+        is_lowrank = lowrank is not None or update.takes_lowrank
         grad = update.grad if lowrank is None else lowrank
         fresh = not self.state.get(param)
         state = layout.new_state(param) if fresh else self.state[param]
-        step = before = int(state["step"])
-        skipped = int(state["skipped"])
+        step, before, skipped = counted(layout, state), int(state["step"]), int(state["skipped"])
         options = replace(options, rounding_seed=update.rounding_seed(state))
         due = lowrank is None and is_due(update, state)
         later = due and is_asynchronous(update, state)
         changed: dict[str, Any] = {}
-        weight, new, search = target, state, None
+        weight, new, search, agreed = target, state, None, False
         try:
             search = self._pending.begin(update, state) if later else None
             if due and not later:
@@ -164,39 +194,52 @@ class UpdatingOptimizer(Optimizer):
                 changed = changes(update, state, found, step, self._backend)
             new = {**state, **changed}
             before = int(new["step"])
+            if layout.sums and lowrank is None:
+                grad = projected(update, grad, new)
+                layout.shard.all_reduce(grad)  # type: ignore[union-attr]
             if layout.side is not None:
                 weight, grad = target.reshape(matrix_shape(target.shape)), grad.reshape(matrix_shape(grad.shape))
-            layout.rule.update(
-                weight,
-                grad,
-                new,
-                options,
-                group,
-                layout,
-                is_lowrank=is_lowrank,
-                weight_scale=update.weight_scale,
-                backend=self._backend,
-            )
+            operands = layout.operands(new)
+            if layout.sums and not target.numel():  # none of the rows, but the moments of all
+                basis = operands["basis"]
+                operands = {**operands, "basis": basis.new_zeros(1, basis.shape[1])}
+                weight = target.new_zeros(1, weight.shape[1])
+            if weight.numel():
+                layout.rule.update(
+                    weight,
+                    grad,
+                    operands,
+                    options,
+                    group,
+                    layout,
+                    is_lowrank=is_lowrank,
+                    weight_scale=update.weight_scale,
+                    backend=self._backend,
+                )
+            else:  # of parts that have none
+                state["step"] += 1
             int(state["step"])  # here the host waits, and here Ctrl-C strikes
+            agreed = layout.shard is not None
         finally:
             # The kernel decides whether a step was taken. A step that raised has changed nothing of this parameter; a
             # skipped one hasn't either: a basis found in a gradient that is not used goes with it.
             steps, skips = int(new["step"]), int(state["skipped"])
             taken = steps > before
-            if taken:
-                if weight.data_ptr() != target.data_ptr():
-                    target.copy_(weight.view(target.shape))
+            if taken and target.numel() and weight.data_ptr() != target.data_ptr():
+                target.copy_(weight.view(target.shape))
+            # Of parts some may be skipped while others aren't: what was found in all of them is taken over by all.
+            if taken or agreed:
                 take_over(state, changed)
             if fresh and (taken or skips):
                 self.state[param] = state
             if taken or skips > skipped:
                 finished.append(param)
-            if taken and search is not None:
+            if (taken or agreed) and search is not None:
                 self._pending.keep(update, search, step)
             if changed.get("refreshes") == 1:
                 self._plan = None  # with a first basis it can be grouped with others
         if param in self.state and self._select(param.device).group is not None:
-            skipped = self._counters.note(state, steps, skipped, skips)
+            skipped = self._counters.note(state, steps + (skips if layout.shard else 0), skipped, skips)
         return skipped, skips
 
     def _report_skip(self, name: str, before: int, skipped: int) -> None:

@@ -11,6 +11,7 @@ from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ran
 from galore_kernels.subspace.refresh import REFRESH_METHODS, find_subspace, find_subspaces, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
 from galore_kernels.subspace.search import Subspace
+from galore_kernels.subspace.sharded import ShardedGradient
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RankChoices",
     "RefreshRecord",
     "Schedule",
+    "ShardedGradient",
     "Side",
     "Subspace",
     "choose_ranks",

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from galore_kernels.subspace.factors import Factors
 from galore_kernels.subspace.products import Gradient
+from galore_kernels.subspace.sharded import ShardedGradient
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_grad(name: str, grad: Gradient) -> None:
     """A dense, non-empty matrix of one of the dtypes, or factors of one."""
-    if isinstance(grad, Factors):
+    if isinstance(grad, (Factors, ShardedGradient)):
         return
     if not isinstance(grad, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape (L, S), got {type(grad).__name__}")

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from galore_kernels.subspace.factors import ThinProduct
 from galore_kernels.subspace.orthonormal import orthonormalized
 from galore_kernels.subspace.products import Matrices, in_batches, product, stacked, subtract_product
 
@@ -31,7 +30,7 @@ def sparse_sign_sketches(matrices: Matrices, count: int, sources: Sequence[torch
     each matrix's source lives; in a batch those of one seed share them, which are then drawn once.
     """
     rows = matrices.shape[0]
-    if in_batches(matrices.device) or isinstance(matrices.items[0], ThinProduct):
+    if in_batches(matrices.device) or not isinstance(matrices.items[0], Tensor):
         numbers: dict[int, tuple[Tensor, Tensor]] = {}
         for source in sources:
             if source.initial_seed() not in numbers:

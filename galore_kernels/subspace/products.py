@@ -14,6 +14,7 @@ from torch import Tensor
 
 from galore_kernels.subspace.exact import exact_right_vectors
 from galore_kernels.subspace.factors import Factors, ThinProduct
+from galore_kernels.subspace.sharded import ShardedGradient, ShardedProduct
 
 # Gradients whose largest magnitude is in this range are used where they lie; others are multiplied by a power
 # of two, so that neither squares nor 2^-24 of the largest value leave fp32's normal range.
@@ -21,8 +22,11 @@ LARGEST_UNSCALED = 2.0**32
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
-#: What a search takes: a gradient, or what it would be the product of.
-Gradient = Tensor | Factors
+#: A gradient that this process doesn't have: only what it would be the product of, or a part of it.
+Implicit = Factors | ShardedGradient
+
+#: What a search takes.
+Gradient = Tensor | Implicit
 
 
 def in_batches(device: torch.device) -> bool:
@@ -62,7 +66,7 @@ class Matrices:
     1.1; elsewhere less than 1e-4.)
 
     Args:
-        grads: N >= 1 of them, with any strides, or their factors.
+        grads: N >= 1 of them, with any strides, or as many implicit ones.
         largest: the largest magnitude of each, finite and not 0.
     """
 
@@ -71,25 +75,25 @@ class Matrices:
         self.shape, self.device, self.grad_dtype = first.shape, first.device, first.dtype
         self.dtype = first.dtype if _stays_narrow(first) else torch.float32
         pairs = zip(grads, largest, strict=True)
-        self.items = [g.near_one if isinstance(g, Factors) else _scaled(g, size, self.dtype) for g, size in pairs]
+        self.items = [_scaled(g, size, self.dtype) if isinstance(g, Tensor) else g.near_one for g, size in pairs]
 
     def times(self, right: Tensor) -> Tensor:
         """G @ Z: (N, L, b) float32 of (N, S, b)."""
         found = right.new_empty(len(self.items), self.shape[0], right.shape[2])
         for matrix, operand, out in zip(self.items, right.to(self.dtype), found, strict=True):
-            if isinstance(matrix, ThinProduct):
-                matrix.times(operand, out)
-            else:
+            if isinstance(matrix, Tensor):
                 _multiply(matrix, operand, out)
+            else:
+                matrix.times(operand, out)
         return found
 
     def multiplied_by(self, left: Tensor, out: Tensor) -> None:
         """A @ G, written to ``out``, (N, b, S) float32, of (N, b, L)."""
         for matrix, operand, result in zip(self.items, left.to(self.dtype), out, strict=True):
-            if isinstance(matrix, ThinProduct):
-                matrix.multiplied_by(operand, result)
-            else:
+            if isinstance(matrix, Tensor):
                 _multiply(operand, matrix, result)
+            else:
+                matrix.multiplied_by(operand, result)
 
     def norms(self) -> Tensor:
         """(N,) float32: Frobenius norms."""
@@ -98,28 +102,28 @@ class Matrices:
     def exact_right_vectors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(N, S, r) leading right singular vectors and (N, r) singular values, one matrix at a time."""
         found = [
-            matrix.exact_right_vectors(rank)
-            if isinstance(matrix, ThinProduct)
-            else exact_right_vectors(matrix.float(), rank)
+            exact_right_vectors(matrix.float(), rank)
+            if isinstance(matrix, Tensor)
+            else matrix.exact_right_vectors(rank)
             for matrix in self.items
         ]
         return stacked([vectors for vectors, _ in found]), stacked([sigma for _, sigma in found])
 
 
-def _norm(matrix: Tensor | ThinProduct) -> Tensor:
-    if isinstance(matrix, ThinProduct):
-        return matrix.norm()
-    return torch.linalg.vector_norm(matrix, dtype=torch.float32)
+def _norm(matrix: Tensor | ThinProduct | ShardedProduct) -> Tensor:
+    if isinstance(matrix, Tensor):
+        return torch.linalg.vector_norm(matrix, dtype=torch.float32)
+    return matrix.norm()
 
 
 def largest_magnitudes(grads: Sequence[Gradient]) -> list[float]:
-    """Of each gradient; NaN where it has one. One reading back from the device; of factors two for each.
+    """Of each gradient; NaN where it has one. One reading back from the device; of implicit ones up to two for each.
 
     Of factors some other positive number where the gradient is not zero: see ``Factors.magnitude``.
     """
-    factors = [grad for grad in grads if isinstance(grad, Factors)]
-    if factors:
-        return [grad.magnitude for grad in factors]
+    implicit = [grad for grad in grads if not isinstance(grad, Tensor)]
+    if implicit:
+        return [grad.magnitude for grad in implicit]
     whole = [grad for grad in grads if isinstance(grad, Tensor)]
     # aminmax needs no temporary and is 20 times faster than the infinity norm, in memory's order above all.
     ends = [torch.aminmax(grad.mT if grad.stride(0) < grad.stride(1) else grad) for grad in whole]
@@ -128,7 +132,7 @@ def largest_magnitudes(grads: Sequence[Gradient]) -> list[float]:
 
 
 def _stays_narrow(grad: Gradient) -> bool:
-    if isinstance(grad, Factors):
+    if not isinstance(grad, Tensor):
         return False
     # PyTorch has a product of 16-bit operands with an fp32 result from 2.8 on, and on CUDA only.
     return grad.dtype in NARROW_DTYPES and grad.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()

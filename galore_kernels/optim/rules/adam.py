@@ -28,6 +28,7 @@ class Adam(Rule):
 
     own_keys: tuple[str, ...] = ("betas", "eps")
     moment_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq", *_ABSMAX)
+    takes_shards = True
 
     def __init__(self, *, eight_bit: bool) -> None:
         self._eight_bit = eight_bit

@@ -37,6 +37,7 @@ class Apollo(Adam):
     # Set back with them: the first steps after a reset are several times as long as the limiter would let grow.
     moment_names = (*Adam.moment_names, "scaled_norm")
     takes_lowrank = False
+    takes_shards = False
     served_by = "apollo_update"
 
     def check(self, group: Mapping[str, Any], where: str) -> None:

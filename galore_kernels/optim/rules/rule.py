@@ -28,6 +28,7 @@ class Rule(ABC):
         structural: those among them that decide what the state consists of.
         moment_names: the state's entries that ``moments_on_refresh="reset"`` sets back.
         takes_lowrank: whether the projected gradient is all it needs of one.
+        takes_shards: whether it needs no more than some rows of a gradient to update these.
         served_by: the operation whose backend is the optimizer's.
         full_rank: the operation for everything else; "reference" has it if that backend hasn't.
     """
@@ -36,6 +37,7 @@ class Rule(ABC):
     structural: tuple[str, ...] = ()
     moment_names: tuple[str, ...]
     takes_lowrank = True
+    takes_shards = False
     served_by = "galore_update"
     full_rank = "adam8bit_update"
 
