@@ -1,4 +1,4 @@
-"""What FSDP1 and DeepSpeed make of a model's parameters, in one process: named, refused, and nothing has changed.
+"""What FSDP and DeepSpeed make of a model's parameters, in one process: named, refused, and nothing has changed.
 
 The reports that these follow are GaLore#2 (ZeRO 1), GaLore#23 (ZeRO 3) and GaLore#47 (FSDP1), where galore_torch raised
 an IndexError in its projector, or trained flat parameters without a projection. What ZeRO does to an optimizer's groups
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from factored_cases import TARGETS, Model, batch, loss_of
 from refusals import AFTERWARDS, FLATTENED, LEFT_BEHIND, PARTITIONED, REPLACED
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_kernels import (
@@ -109,6 +110,19 @@ def test_a_model_that_fsdp1_wraps_afterwards_is_refused_at_the_next_step(
     wrapped = wrapped_by_fsdp1(model, use_orig_params=use_orig_params)
     loss_of(wrapped, batch(steps)).backward()
     assert_refused(optimizer, *((ValueError, FLATTENED) if use_orig_params else (RuntimeError, LEFT_BEHIND)))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_model_that_fully_shard_is_given_after_the_optimizer_is_refused_at_the_next_step(
+    alone: None, steps: int
+) -> None:
+    model = Model()
+    optimizer = made(model)
+    train(model, optimizer, steps)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    loss_of(model, batch(steps)).backward()
+    assert_refused(optimizer, RuntimeError, r"fully_shard has put a DTensor in the place of.*after fully_shard$")
+    train(model, made(model))
 
 
 @fsdp1

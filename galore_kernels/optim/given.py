@@ -11,6 +11,7 @@ from itertools import chain
 from torch import Tensor, distributed, nn
 
 from galore_kernels.nn import INSTEAD_OF_FLATTENING, check_unflattened
+from galore_kernels.optim.shard import is_dtensor
 
 
 class Given:
@@ -32,7 +33,7 @@ class Given:
 
         Raises:
             ValueError: parameters are flattened, in place or by others in their place.
-            RuntimeError: they were flattened into others, and no gradient will ever come to them.
+            RuntimeError: others are in their place in the model, and no gradient will ever come to them.
         """
         held = list(held)
         for name, param in held:
@@ -52,7 +53,7 @@ class Given:
         return reference is not None and reference() is param
 
     def _check_belonging(self, held: Iterable[tuple[str, Tensor]]) -> None:
-        """Raises RuntimeError for what FSDP1 has copied into a flat parameter and taken out of its module.
+        """Raises RuntimeError for what FSDP has put another parameter in the place of in its module.
 
         Such a parameter has no mark: it looks like one that a step didn't use. So all modules are looked through,
         where FSDP may be there, and when more parameters have no gradient than ever before.
@@ -62,14 +63,19 @@ class Given:
             return
         present = _parameters_of_modules()
         flattened = {shape for param in present for shape in getattr(param, "_shapes", ())}
+        divided = {param.shape for param in present if is_dtensor(param)}
         belonging = set(map(id, present))
         for name, param in without:
-            if id(param) not in belonging and param.shape in flattened:
-                raise RuntimeError(
-                    f"{name}: expected a parameter of the model, got one that FullyShardedDataParallel (FSDP1) has "
-                    "flattened into another since: it belongs to no module, gets no gradient, and would never be "
-                    f"trained; {INSTEAD_OF_FLATTENING}"
-                )
+            if id(param) in belonging or param.shape not in flattened | divided:
+                continue
+            what, remedy = "fully_shard has put a DTensor in the place of", "make the optimizer after fully_shard"
+            if param.shape in flattened:
+                what = "FullyShardedDataParallel (FSDP1) has flattened into another"
+                remedy = INSTEAD_OF_FLATTENING
+            raise RuntimeError(
+                f"{name}: expected a parameter of the model, got one that {what} since: it belongs to no module, gets "
+                f"no gradient, and would never be trained; {remedy}"
+            )
         self._asked = len(without)
 
 
@@ -79,6 +85,7 @@ def _fsdp_is_possible() -> bool:
 
 def _parameters_of_modules() -> list[Tensor]:
     """The parameters of every module there is."""
+    gc.collect()  # of those that are gone nothing follows
     modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
     own = (module.__dict__.get("_parameters", {}).values() for module in modules)
     return [param for param in chain.from_iterable(own) if param is not None]
