@@ -43,9 +43,9 @@ def train(model: nn.Module, run: Run, rank: int | None, micro_batches: int) -> l
     return losses
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results: dict[str, Any] = {}
     for name, options in OPTIONS.items():
         for micro_batches in (1, 2) if name == "periodic" else (1,):

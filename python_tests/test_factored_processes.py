@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from factored_cases import Run, carriers, largest_difference
 from factored_process import OPTIONS, WORLD, dense_int8, train
+from worker_processes import run
 
 from galore_kernels import GaLoreFusedAdam8bit
 
@@ -17,18 +16,7 @@ from galore_kernels import GaLoreFusedAdam8bit
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes have ended with."""
-    folder = tmp_path_factory.mktemp("processes")
-    # Where the tests find the package, whether it is installed or on a path.
-    program = f"import sys; sys.path[:] = {sys.path!r}; import factored_process as own; "
-    commands = [[sys.executable, "-c", f"{program}own.work({rank}, {str(folder)!r})"] for rank in range(WORLD)]
-    workers = [subprocess.Popen(command) for command in commands]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0] * WORLD
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run("factored_process", tmp_path_factory.mktemp("processes"), WORLD, timeout=120)
 
 
 @pytest.mark.parametrize("case", ["periodic 1", "periodic 2", "svd 1", "adaptive 1"])

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_process import CASES, HALF, SAVED, STEPS, TARGETS, Training, Uneven, result_of
-from process_groups import run
+from fsdp_process import CASES, HALF, SAVED, TARGETS, Training, Uneven, result_of
 from torch import Tensor
+from worker_processes import run
 
 from galore_kernels import galore_param_groups
 
@@ -43,12 +43,12 @@ def two(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def three(folder: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return run("fsdp_process", folder, 3, ["uneven", "resuming"])
+    return run("fsdp_process", folder, 3, ["resuming"])
 
 
 @pytest.fixture(scope="module")
 def four(folder: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return run("fsdp_process", folder, 4, ["fp32", "uneven", "replicas", "resuming"])
+    return run("fsdp_process", folder, 4, ["uneven", "replicas", "resuming"])
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,13 @@ def alone() -> Callable[[str], Any]:
         return known[name]
 
     return of
+
+
+def alone_for(name: str, steps: int) -> dict[str, Tensor]:
+    """The weights after so many steps on one process."""
+    training = Training.begin(CASES[name], sharded=False)
+    training.train(0, steps)
+    return training.weights()
 
 
 def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
@@ -78,11 +85,7 @@ def test_two_processes_train_as_one(two: list[dict[str, Any]], alone: Callable[[
         assert own[case].report == two[0][case].report
 
 
-def test_three_processes_train_as_one(three: list[dict[str, Any]], alone: Callable[[str], Any]) -> None:
-    assert difference(three[0]["uneven"].weights, alone("uneven").weights) < 1e-5
-
-
-@pytest.mark.parametrize("case", ["fp32", "uneven", "replicas"])
+@pytest.mark.parametrize("case", ["uneven", "replicas"])
 def test_four_processes_train_as_one(four: list[dict[str, Any]], alone: Callable[[str], Any], case: str) -> None:
     assert difference(four[0][case].weights, alone(case).weights) < 1e-5
     assert all(own[case].report == four[0][case].report for own in four)
@@ -95,14 +98,14 @@ def test_replicas_are_equal_to_the_bit(four: list[dict[str, Any]]) -> None:
 
 
 def test_mixed_precision_trains(two: list[dict[str, Any]], alone: Callable[[str], Any]) -> None:
-    losses, exact = two[0]["mixed precision"].losses, two[0]["fp32"].losses
+    losses, exact = two[0]["mixed precision"].losses, two[0]["exact, rotated"].losses
     assert losses[-1] < losses[0] - 0.5
     assert max(abs(a - b) for a, b in zip(losses, exact, strict=True)) < 0.1
 
 
 def test_the_right_side_needs_no_collective_but_to_refresh(two: list[dict[str, Any]]) -> None:
     sent = two[0]["right"].bytes
-    assert [step for step, size in enumerate(sent) if size] == [0, 40, 80]
+    assert [step for step, size in enumerate(sent) if size] == [0, 20, 40]
 
 
 def test_the_left_side_sums_projections(two: list[dict[str, Any]]) -> None:
@@ -124,11 +127,11 @@ def test_a_checkpoint_is_resumed_by_any_number(
         names = [name for group in training.optimizer.param_groups for name in group["param_names"]]
         assert [name for group in saved["optimizer"]["param_groups"] for name in group["params"]] == names
         training.optimizer.load_state_dict(saved["optimizer"])
-        own = training.train(HALF, STEPS - HALF)[0]
+        own = training.train(HALF, HALF)[0]
         resumed = training.weights()
     elif world == "two":
         resumed, own = two[0]["importing"][case]  # what one process saved
-        weights, losses = result_of(CASES[case], sharded=False).weights, own
+        weights, losses = alone_for(case, 2 * HALF), own
     else:
         resumed, own = request.getfixturevalue(world)[0]["resuming"][case]
     assert difference(resumed, weights) < BOUNDS.get(case, 1e-5)
@@ -153,7 +156,7 @@ def test_a_part_that_is_skipped_doesnt_split_the_processes(two: list[dict[str, A
     assert report == other_report
     assert set(other_skipped.values()) == {2}
     # What sums projections has none without the others, and a basis is not found in half a gradient.
-    assert sorted(skipped) == ['param group 0, parameter 2 ("mlp_down.weight")', "param group 0, parameter 3"]
+    assert list(skipped) == ['param group 0, parameter 1 ("mlp_down.weight")']
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
@@ -165,5 +168,5 @@ def test_what_needs_more_than_a_part_is_refused(two: list[dict[str, Any]]) -> No
         assert "proj_type='full'" in messages["both sides"]
         assert "pass a number" in messages["auto"]
         assert 'pass "rotate"' in messages["reset"]
-        assert "use prepared layers with DDP" in messages["prepared"]
+        assert "fully_shard takes no prepared layers" in messages["prepared"]
         assert "divided once, by its rows" in messages["columns"]

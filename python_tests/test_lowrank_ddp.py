@@ -8,7 +8,7 @@ import pytest
 import torch
 from factored_cases import Model
 from lowrank_ddp_process import CASES, SENSITIVE, STEPS, TARGETS, train
-from process_groups import run
+from worker_processes import run
 
 from galore_kernels import galore_param_groups
 

@@ -171,6 +171,7 @@ def test_timeline() -> None:
 
 def test_presets_have_their_sizes() -> None:
     sizes = {"60m": 58e6, "130m": 134e6, "350m": 368e6, "1b": 1339e6, "3b": 3426e6, "7b": 6738e6, "13b": 13016e6}
+    sizes["70b"] = 68977e6
     for name, parameters in sizes.items():
         assert MODELS[name].parameters == pytest.approx(parameters, rel=0.01)
 

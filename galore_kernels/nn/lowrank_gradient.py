@@ -106,7 +106,8 @@ class LowRankGradient(CarriedGradient):
             if owner is None:
                 raise RuntimeError(
                     "a backward pass through a prepared layer that no optimizer has: make the optimizer from the "
-                    "prepared model's parameters before the first backward pass, or unprepare the model"
+                    "prepared model's parameters before the first backward pass, or unprepare the model; fully_shard "
+                    "takes no prepared layers, DDP does"
                 )
             owner.find_first_basis(self, [(grad_output, inputs)])
         elif self.keeps_factors:

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from galore_kernels.nn import carried_gradient_of
-
 
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor. Doesn't import what defines them, which takes a second."""
@@ -116,11 +114,6 @@ def check_sharding(param: Tensor, group: Mapping[str, Any], name: str, optimizer
         raise ValueError(
             f"{name}: expected {expected} of a DTensor of shape {tuple(param.shape)} in this process, got {part}; "
             "divide it as torch.chunk does, which fully_shard does"
-        )
-    if carried_gradient_of(param) is not None:
-        raise ValueError(
-            f"{name}: it carries the gradient of a prepared layer, and is a DTensor; use prepared layers with DDP, or "
-            "fully_shard without them"
         )
     if shard is None:
         return

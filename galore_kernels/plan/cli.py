@@ -1,4 +1,4 @@
-"""``python -m galore_kernels.plan``: the command line of the memory planner."""
+"""``python -m galore_kernels.plan``: the command line of the planner."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from galore_kernels.plan.estimate import Plan, plan
 from galore_kernels.plan.fit import SOLVABLE, Fit, parse_bytes, solve
 from galore_kernels.plan.optimizers import OPTIMIZERS
 from galore_kernels.plan.plot import plot_plans
+from galore_kernels.plan.scaling import GPUS, Scaling, scaling
+from galore_kernels.plan.scaling_view import plot_scaling, print_scaling
 from galore_kernels.plan.settings import CHOICES, Settings
 from galore_kernels.plan.shapes import MODELS
 from galore_kernels.plan.table import describe_fit, print_plans
@@ -45,6 +47,16 @@ def _run(given: dict[str, Any]) -> None:
     model, optimizers, unknown = given.pop("model"), given.pop("optimizer"), given.pop("solve")
     fit_text, reserve = given.pop("fit"), parse_bytes(given.pop("reserve"))
     compares, picture, as_json = given.pop("compare"), given.pop("plot"), given.pop("json")
+    scales, gpus, bucket_mb = given.pop("scaling"), given.pop("gpus"), given.pop("bucket_cap_mb")
+    if scales:
+        if compares or unknown is not None or fit_text is not None:
+            raise PlanError(
+                "--scaling: expected none of --compare, --fit and --solve, which are of memory; leave them out"
+            )
+        _show_scaling(scaling(model, bucket_mb, **given), gpus or GPUS, picture, as_json)
+        return
+    if gpus is not None or bucket_mb is not None:
+        raise PlanError("--gpus, --bucket-cap-mb: expected --scaling with them; add it")
     budget = None if fit_text is None else parse_bytes(fit_text) - reserve
     if unknown is not None and budget is None:
         raise PlanError(f"--solve {unknown}: expected --fit as well; say how much memory there is, as in --fit 24GB")
@@ -76,10 +88,20 @@ def _run(given: dict[str, Any]) -> None:
         plot_plans(plans, picture, budget)
 
 
+def _show_scaling(own: Scaling, gpus: Sequence[int], picture: Path | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"format": 1, **own.to_dict(gpus)}, indent=1))
+    else:
+        print_scaling(own, gpus)
+    if picture is not None:
+        plot_scaling([own], picture, gpus)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m galore_kernels.plan",
-        description="Predicts the peak memory of one training step of a Llama on one device, by part.",
+        description="Predicts the peak memory of one training step of a Llama on one device, by part; or, with "
+        "--scaling, what several processes send in it.",
         epilog="Counted are tensors; what CUDA and its libraries take for themselves, and what an allocator can't use "
         "again, is --reserve.",
         argument_default=argparse.SUPPRESS,
@@ -106,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     fits.add_argument("--solve", choices=SOLVABLE, default=None, help="the largest rank, or the most tokens, that fit")
     fits.add_argument("--reserve", default="1GB", metavar="SIZE",
                       help="part of it that tensors can't have (default: 1GB)")  # fmt: skip
+    sends = parser.add_argument_group("what several processes send")
+    sends.add_argument("--scaling", action="store_true", default=False,
+                       help="bytes and time of communication instead of memory: DDP against projections of --rank, or "
+                       "with --gradients factored prepared layers; a model (docs/scaling.md)")  # fmt: skip
+    sends.add_argument("--gpus", type=int, nargs="+", default=None, metavar="N", help="default: 8, 16, ..., 4096")
+    sends.add_argument("--bucket-cap-mb", type=float, default=None, help="DDP's (default: 25)")
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--compare", action="store_true", default=False, help="other optimizers beside it")
     shown.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw the plans to a PNG")

@@ -74,11 +74,7 @@ def plan(model: str | Path | LlamaShape, optimizer: str = "galore8bit", **option
         PlanError: an option out of range, or options that don't go together.
     """
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
-    shape = find_model(model)
-    unknown = sorted(options.keys() - Settings.__dataclass_fields__.keys())
-    if unknown:
-        raise PlanError(f"unknown option(s) {', '.join(unknown)}: expected {', '.join(Settings.__dataclass_fields__)}")
-    settings = Settings(shape, **options)
+    settings = Settings.of(find_model(model), options)
     if "step" in options:
         return estimate(settings, optimizer)
     steps = [estimate(replace(settings, step=step), optimizer) for step in ("ordinary", "refresh")]

@@ -69,11 +69,6 @@ class Memory:
     rank: int | None = None
 
 
-def _low_rank(settings: Settings, matrix: Matrix) -> int:
-    """Elements of R, (L, r)."""
-    return settings.long_short(matrix)[0] * settings.rank_of(matrix)
-
-
 # ------------------------------------------------------------------ ours
 
 
@@ -125,7 +120,7 @@ def _our_apollo_update(settings: Settings, params: Sequence[Parameter]) -> int:
     """As GaLore's; on a CPU with the basis, which is drawn for one update, on a GPU with the direction in float32."""
 
     def scratch(param: Parameter) -> int:
-        lowrank, rank = _low_rank(settings, param.matrix), settings.rank_of(param.matrix)
+        lowrank, rank = settings.lowrank(param.matrix), settings.rank_of(param.matrix)
         if settings.device == "cpu":
             return _our_scratch(settings, param) + settings.long_short(param.matrix)[1] * rank * 2
         return min(param.count, max(1, WORKSPACE_BYTES // (2 * lowrank * _FLOAT))) * 2 * lowrank * _FLOAT
@@ -153,7 +148,7 @@ def _our_adafactor_update(settings: Settings, params: Sequence[Parameter]) -> in
         if settings.device == "cpu":
             return _our_scratch(settings, param) if param.projected else param.matrix.numel * _FLOAT
         if param.projected:
-            return 3 * _low_rank(settings, param.matrix) * _FLOAT
+            return 3 * settings.lowrank(param.matrix) * _FLOAT
         return (4 if settings.dtype == torch.float32 else 6) * param.matrix.numel * _FLOAT
 
     return max(map(scratch, params))
@@ -167,7 +162,7 @@ def _our_native(settings: Settings, param: Parameter) -> int:
 
 
 def _our_scratch(settings: Settings, param: Parameter) -> int:
-    lowrank = _low_rank(settings, param.matrix)
+    lowrank = settings.lowrank(param.matrix)
     if settings.device == "cpu":
         return lowrank * _FLOAT + _our_native(settings, param)
     each = lowrank * (_FLOAT + settings.dtype.itemsize)
@@ -225,7 +220,7 @@ def _low_rank_state(
         for param in parameters(settings.shape):
             elements = param.matrix.numel
             if param.projected:
-                elements = _low_rank(settings, param.matrix)
+                elements = settings.lowrank(param.matrix)
                 bases += param.count * basis(settings, param.matrix)
             total += param.count * moments(settings, elements)
         return total, bases
@@ -262,13 +257,13 @@ def _apollo_torch_basis(settings: Settings, matrix: Matrix) -> int:
 
 def _galore_torch_update(settings: Settings, params: Sequence[Parameter]) -> int:
     """R, the root of v, Adam's direction; the direction projected back, and that times the scale, (m, n) each."""
-    elements = (2 * p.matrix.numel + (3 * _low_rank(settings, p.matrix) if p.projected else 0) for p in params)
+    elements = (2 * p.matrix.numel + (3 * settings.lowrank(p.matrix) if p.projected else 0) for p in params)
     return max(elements) * settings.dtype.itemsize
 
 
 def _galore_torch8bit_update(settings: Settings, params: Sequence[Parameter]) -> int:
     """A copy of the weight, the direction projected back, and that times the scale, (m, n) each; R and its copy."""
-    elements = (3 * p.matrix.numel + 2 * _low_rank(settings, p.matrix) for p in params if p.projected)
+    elements = (3 * p.matrix.numel + 2 * settings.lowrank(p.matrix) for p in params if p.projected)
     return max(elements, default=0) * settings.dtype.itemsize
 
 
@@ -290,12 +285,12 @@ def _full_svd(settings: Settings, matrix: Matrix, count: int) -> tuple[int, int]
     """
     copy = matrix.numel if settings.dtype != torch.float32 else 0
     factors = min(matrix.rows, matrix.cols) * (matrix.rows + matrix.cols)
-    return (copy + factors + _low_rank(settings, matrix)) * _FLOAT, 0
+    return (copy + factors + settings.lowrank(matrix)) * _FLOAT, 0
 
 
 def _galore_torch_refresh(settings: Settings, matrix: Matrix, count: int) -> tuple[int, int]:
     """Beside that, the direction projected back and the root of v of the matrix before."""
-    before = matrix.numel + _low_rank(settings, matrix)
+    before = matrix.numel + settings.lowrank(matrix)
     return _full_svd(settings, matrix, count)[0] + before * settings.dtype.itemsize, 0
 
 

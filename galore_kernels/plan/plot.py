@@ -1,16 +1,47 @@
-"""Plans as stacked bars."""
+"""Plans as stacked bars; how the planner's pictures are made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from galore_kernels.plan.errors import PlanError
 from galore_kernels.plan.estimate import Plan
 from galore_kernels.plan.table import gigabytes, modes, title
 from galore_kernels.plan.timeline import PARTS
 
-__all__ = ["plot_plans"]
+__all__ = ["new_figure", "plot_plans", "save_figure"]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        PlanError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlanError(f"the picture needs the package matplotlib ({error}): pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """To a PNG, whole or not at all.
+
+    Raises:
+        PlanError: the file can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        raise PlanError(f"--plot {path}: {error}; name a file in a folder that is there") from error
 
 
 def plot_plans(plans: Sequence[Plan], path: Path, budget: int | None = None) -> None:
@@ -19,13 +50,7 @@ def plot_plans(plans: Sequence[Plan], path: Path, budget: int | None = None) -> 
     Raises:
         PlanError: matplotlib is not installed, or the file can't be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlanError(f"the picture needs the package matplotlib ({error}): pip install matplotlib") from error
-    figure = Figure(figsize=(11, 1.8 + 0.75 * len(plans)), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.8 + 0.75 * len(plans))
     axes = figure.subplots()
     places = list(range(len(plans)))
     begins = [0.0] * len(plans)
@@ -49,9 +74,4 @@ def plot_plans(plans: Sequence[Plan], path: Path, budget: int | None = None) -> 
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle(title(plans[0]), fontsize=11)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
-    except OSError as error:
-        raise PlanError(f"--plot {path}: {error}; name a file in a folder that is there") from error
+    save_figure(figure, path)

@@ -75,6 +75,18 @@ class Settings:
                     "tokens are batch x sequence"
                 )
 
+    @classmethod
+    def of(cls, shape: LlamaShape, options: dict[str, Any]) -> Settings:
+        """From options by name.
+
+        Raises:
+            PlanError: one that there is not, or out of range.
+        """
+        unknown = sorted(options.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            raise PlanError(f"unknown option(s) {', '.join(unknown)}: expected {', '.join(cls.__dataclass_fields__)}")
+        return cls(shape, **options)
+
     @property
     def dtype(self) -> torch.dtype:
         """In which the model computes, and of its weights that are not int8."""
@@ -97,6 +109,10 @@ class Settings:
     def rank_of(self, matrix: Matrix) -> int:
         """The rank is at most the smaller dimension."""
         return min(self.rank, matrix.rows, matrix.cols)
+
+    def lowrank(self, matrix: Matrix) -> int:
+        """Elements of R, (L, r)."""
+        return self.long_short(matrix)[0] * self.rank_of(matrix)
 
     def due(self, matrices: int) -> int:
         """How many of so many matrices have their bases refreshed in this step."""

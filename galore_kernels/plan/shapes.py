@@ -110,11 +110,13 @@ def _from_pretrain(name: str) -> LlamaShape:
     return LlamaShape(name, preset.hidden, preset.intermediate, preset.layers, heads, heads, preset.vocabulary)
 
 
-#: The GaLore paper's, which ``galore-pretrain`` trains; OpenLLaMA's 3B and LLaMA's 13B (arXiv 2302.13971, table 2).
+#: The GaLore paper's, which ``galore-pretrain`` trains; OpenLLaMA's 3B, LLaMA's 13B (arXiv 2302.13971, table 2) and
+#: Llama 2's 70B (arXiv 2307.09288), whose eight heads of queries share one of keys and values.
 MODELS: dict[str, LlamaShape] = {
     **{name: _from_pretrain(name) for name in PRETRAIN_PRESETS},
     "3b": LlamaShape("3b", 3200, 8640, 26, 32, 32, 32000),
     "13b": LlamaShape("13b", 5120, 13824, 40, 40, 40, 32000),
+    "70b": LlamaShape("70b", 8192, 28672, 80, 64, 8, 32000),
 }
 
 

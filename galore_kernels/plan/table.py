@@ -11,7 +11,7 @@ from galore_kernels.plan.fit import Fit
 from galore_kernels.plan.optimizers import OPTIMIZERS
 from galore_kernels.plan.timeline import PARTS
 
-__all__ = ["describe_fit", "modes", "print_plans", "title"]
+__all__ = ["describe_fit", "modes", "new_table", "print_plans", "print_table", "title"]
 
 
 def modes(plan: Plan) -> str:
@@ -42,18 +42,34 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.3f}" if count < 10e9 else f"{count / 1e9:.2f}"
 
 
+def new_table(title: str) -> Any:
+    """rich's, of which nothing else is imported before a table is asked for.
+
+    Raises:
+        PlanError: it is not installed.
+    """
+    try:
+        from rich.table import Table
+    except ImportError as error:
+        raise PlanError(f"the table needs the package rich ({error}): pip install rich, or pass --json") from error
+    return Table(title=title, title_justify="left")
+
+
+def print_table(table: Any, width: int) -> None:
+    """As wide as the terminal, or where there is none as ``width``."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=width)).print(table)
+
+
 def print_plans(plans: Sequence[Plan], budget: int | None = None) -> None:
     """A column for each plan; with a ``budget``, those above it in red.
 
     Raises:
         PlanError: rich is not installed.
     """
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise PlanError(f"the table needs the package rich ({error}): pip install rich, or pass --json") from error
-    table: Any = Table(title=f"{title(plans[0])}\nGB at the fullest moment of a step", title_justify="left")
+    table = new_table(f"{title(plans[0])}\nGB at the fullest moment of a step")
     table.add_column("")
     for plan in plans:
         table.add_column(f"{plan.label}\n{modes(plan)}", justify="right")
@@ -66,8 +82,7 @@ def print_plans(plans: Sequence[Plan], budget: int | None = None) -> None:
     table.add_row("peak", *peaks, style="bold")
     table.add_row("in GiB", *(f"{plan.peak / 2**30:.2f}" for plan in plans))
     table.add_row("when", *(plan.moment for plan in plans))
-    console = Console()
-    (console if console.is_terminal else Console(width=40 + 26 * len(plans))).print(table)
+    print_table(table, width=40 + 26 * len(plans))
 
 
 def describe_fit(fit: Fit, budget: int) -> str:
