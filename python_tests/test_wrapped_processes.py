@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from process_groups import run
 from refusals import AFTERWARDS, FLATTENED, LEFT_BEHIND, PARTITIONED, REPLACED
 from torch import Tensor
+from worker_processes import run
 from wrapped_process import train_alone
 
 pytestmark = pytest.mark.slow

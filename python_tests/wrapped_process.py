@@ -206,5 +206,5 @@ def work(rank: int, world: int, folder: str, parts: list[str]) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    torch.save({part: PARTS[part](rank) for part in parts}, f"{folder}/{world}-{rank}.pt")
+    torch.save({part: PARTS[part](rank) for part in parts}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
