@@ -30,6 +30,7 @@ class OneByOne(SteppingOptimizer):
     def begin_step(self) -> dict[int, Update]:
         """Checks the groups, takes over what asynchronous refreshes have found. All parameters, by their ids."""
         self._check_groups()
+        self.check_held()
         self._take_pending()
         self._everything = {id(update.param): update for update in self.listed()}
         return self._everything

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from galore_kernels.nn import LowRankGradient, Pairs, carried_gradient_of
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
+from galore_kernels.optim.given import Given
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_param, check_scheduled
 from galore_kernels.optim.processes import check_agreement, factors_of
@@ -35,6 +36,9 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     # Until then, prepared layers are left to the optimizer that they may have.
     _is_made = False
+
+    # What it was given.
+    _given: Given
 
     # torch.amp.GradScaler then passes grad_scale and found_inf instead of unscaling and skipping itself.
     _step_supports_amp_scaling = True
@@ -254,11 +258,16 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def _collect(self, unscaling: Unscaling) -> list[Update]:
         self._check_groups()
+        self.check_held()
         updates = [u for u in self.listed() if u.param.grad is not None and u.param.numel() > 0]
         for update in updates:
             self._check(update)
         self._agree([update.layout.shard for update in updates if update.layout.shard is not None])
         return self._with_chosen_ranks(updates, unscaling)
+
+    def check_held(self) -> None:
+        """Raises ValueError or RuntimeError if a wrapper has flattened the parameters, or put others in their place."""
+        self._given.check((name, param) for _, name, param, _ in self._named_params())
 
     def _agree(self, shards: Sequence[Shard]) -> None:
         """Raises ValueError, once and in all processes, if those that have parts have other parameters or options."""
