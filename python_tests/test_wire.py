@@ -51,8 +51,6 @@ def predicted(case: Case, step: str, first: bool, world: int) -> list[tuple[str,
     settings = replace(settings_of(case), step=step)
     if case.scheme == "sharded":
         calls = sharded_step(settings, SHAPE, world, lowrank=True)
-        if first:  # whether all have the same options
-            calls.append(Collective("all_reduce", 16))
     else:
         size = None if case.bucket_mb is None else int(case.bucket_mb * 2**20)
         # In the first step DDP has one bucket.

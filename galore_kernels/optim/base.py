@@ -18,7 +18,7 @@ from galore_kernels.optim.factored import check_dense, check_factored
 from galore_kernels.optim.given import Given
 from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
-from galore_kernels.optim.shard import check_sharding, is_dtensor
+from galore_kernels.optim.shard import check_sharding, is_dtensor, shard_of
 from galore_kernels.optim.sharded_state import as_dtensors
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 
@@ -49,6 +49,8 @@ class LowRankOptimizer(OneByOne):
         super().__init__(entries, defaults)
         self._is_made = True
         self._adopt()
+        shards = (shard_of(param) for group in self.param_groups for param in group["params"])
+        self._agree([shard for shard in shards if shard is not None])
 
     # ------------------------------------------------------------------ groups
 
