@@ -243,6 +243,19 @@ def nan_where_a_basis_is_found(rank: int) -> Any:
     return report, set(optimizer.skipped_steps().values()), inner.state_dict()
 
 
+def evaluated_before_the_step(rank: int) -> Any:
+    weights = []
+    for evaluates in (False, True):
+        model, optimizer = started()
+        backward(model, 2)
+        if evaluates:
+            with torch.no_grad():
+                model(samples(9, 0)[0])
+        optimizer.step()
+        weights.append([param.detach().clone() for param in model.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def zeroed_in_place(rank: int) -> Any:
     weights = []
     for in_place in (False, True):
@@ -296,6 +309,7 @@ def not_wrapped(rank: int) -> str:
 FAULTS = (
     another_rank,
     gradients_left,
+    evaluated_before_the_step,
     zeroed_in_place,
     nan_on_one,
     nan_where_a_basis_is_found,

@@ -90,6 +90,7 @@ def test_what_goes_wrong_goes_wrong_everywhere(two: list[dict[str, Any]]) -> Non
         assert f"process {rank} has" in own["another_rank"]
         assert "projected and can't be added to" in own["gradients_left"]
         assert own["zeroed_in_place"]
+        assert own["evaluated_before_the_step"]
         report, skips, weights = own["nan_where_a_basis_is_found"]
         same = two[0]["nan_where_a_basis_is_found"][2]
         assert set(report.values()) == {(2, 5)}

@@ -42,6 +42,8 @@ class LowRankReduction:
         Raises:
             RuntimeError: gradients of the step before are still there.
         """
+        if not torch.is_grad_enabled():  # an evaluation: no gradient will come of it
+            return
         # Those that somebody else has zeroed in place are told by their values alone.
         if any(bool(grad.any()) for grad in self.optimizer.packed.gradients()):
             raise RuntimeError(
