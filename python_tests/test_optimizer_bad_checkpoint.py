@@ -147,10 +147,20 @@ def test_of_galore_torch() -> None:
 
 # ---------------------------------------------------------------------- damaged
 
+
+def without_header(state_dict: dict[str, Any], origin: str | None) -> None:
+    """As ``torch.distributed.checkpoint`` leaves it: what saved it is in the groups alone."""
+    del state_dict["galore_kernels"]
+    for group in state_dict["param_groups"]:
+        group["galore_kernels"] = origin
+
+
 STRUCTURE: dict[str, tuple[Damage, str]] = {
     "no state": (lambda s: s.pop("state"), r"keys \['state'\] are missing"),
     "no groups": (lambda s: s.pop("param_groups"), r"keys \['param_groups'\] are missing"),
-    "no header": (lambda s: s.pop("galore_kernels"), "not saved by a galore_kernels optimizer, or not whole"),
+    "no header": (lambda s: without_header(s, None), "not saved by a galore_kernels optimizer, or not whole"),
+    "another optimizer's groups": (lambda s: without_header(s, "Lion, format 2"), "saved by Lion"),
+    "later groups": (lambda s: without_header(s, "GaLoreFusedAdam8bit, format 3"), "version 3, this release reads 2"),
     "state is a list": (lambda s: s.update(state=[]), "not built as a state dict"),
     "groups are a dict": (lambda s: s.update(param_groups={}), "not built as a state dict"),
     "header is a number": (lambda s: s.update(galore_kernels=1), "not built as a state dict"),

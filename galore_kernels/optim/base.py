@@ -77,6 +77,7 @@ class LowRankOptimizer(OneByOne):
         group["rank_is_explicit"] = explicit
         if group.get("rank", AUTO) != AUTO:
             group.setdefault("rank_budget", None)  # the constructor's is for those that are chosen
+        group[serialization.HEADER] = serialization.origin(type(self).__name__)
         for key in self.rule.own_keys:
             value = group.get(key, self.defaults[key])
             group[key] = tuple(value) if isinstance(value, list) else value

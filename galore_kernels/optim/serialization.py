@@ -24,13 +24,17 @@ NamedParams = list[tuple[int, str, Tensor, dict[str, Any]]]
 def add_header(state_dict: dict[str, Any], optimizer: str) -> dict[str, Any]:
     """Adds the format version, the optimizer's name and a checksum per parameter under the key "galore_kernels".
 
-    Version and name are in each group as well: ``torch.distributed.checkpoint`` keeps nothing else.
+    Version and name are in each group as well: see ``origin``.
     """
     checksums = {index: state_checksum(state) for index, state in state_dict["state"].items()}
-    origin = {HEADER: f"{optimizer}, format {FORMAT_VERSION}"}
-    state_dict["param_groups"] = [{k: _plain(v) for k, v in g.items()} | origin for g in state_dict["param_groups"]]
+    state_dict["param_groups"] = [{k: _plain(v) for k, v in g.items()} for g in state_dict["param_groups"]]
     state_dict[HEADER] = {"format_version": FORMAT_VERSION, "optimizer": optimizer, "checksums": checksums}
     return state_dict
+
+
+def origin(optimizer: str) -> str:
+    """What every group has under the key "galore_kernels", for ``torch.distributed.checkpoint`` keeps groups alone."""
+    return f"{optimizer}, format {FORMAT_VERSION}"
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,9 @@ from galore_kernels.optim.rules.rule import Rule, Spec, projected_fields
 if TYPE_CHECKING:
     from galore_kernels.optim.state import Layout
 
+# Those of steps relative to the weights; without a learning rate.
+_RELATIVE = ("relative_step", "warmup_init")
+
 _SWITCHES = ("scale_parameter", "relative_step", "warmup_init")
 
 
@@ -61,7 +64,8 @@ class Adafactor(Rule):
         lr = group["lr"]
         if group["relative_step"]:
             remedy = "pass relative_step=False with a learning rate, or none"
-            expect(where, "lr", lr, lr is None, "None with relative_step=True", remedy)
+            # 0 is what torch.distributed.checkpoint sets while it has the state made.
+            expect(where, "lr", lr, lr is None or number(lr) == 0.0, "None with relative_step=True", remedy)
         else:
             remedy = "pass one, or relative_step=True"
             expect(where, "lr", lr, lr is not None, "a learning rate with relative_step=False", remedy)
@@ -82,16 +86,18 @@ class Adafactor(Rule):
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in specs}
 
     def scalars(self, group: Mapping[str, Any], lr: Tensor, unscaling: Mapping[str, Any]) -> ops.AdafactorOptions:
-        eps, beta1 = group["eps"], group["beta1"]
+        eps, beta1, relative = group["eps"], group["beta1"], group["lr"] is None
+        switches: dict[str, Any] = {key: group[key] and (relative or key not in _RELATIVE) for key in _SWITCHES}
         return ops.AdafactorOptions(
-            None if group["relative_step"] else lr,
+            None if relative else lr,
             eps1=float(eps[0]),
             eps2=float(eps[1]),
             clip_threshold=float(group["clip_threshold"]),
             decay_rate=float(group["decay_rate"]),
             beta1=None if beta1 is None else float(beta1),
             weight_decay=float(group["weight_decay"]),
-            **{key: group[key] for key in (*_SWITCHES, "maximize")},
+            maximize=group["maximize"],
+            **switches,
             **unscaling,
         )
 
