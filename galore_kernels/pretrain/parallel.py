@@ -135,8 +135,8 @@ def processes(parallel: str, config: Config, device: torch.device) -> Iterator[P
         raise PretrainError(f"--parallel {parallel}: expected --device cpu, got {device}: on GPUs it is not tested yet")
     if parallel == "fsdp2":
         _expect_divisible(config)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
         found = Processes(dist.get_rank(), dist.get_world_size(), parallel)
         if config.batch % found.world:
             raise PretrainError(
@@ -151,7 +151,8 @@ def processes(parallel: str, config: Config, device: torch.device) -> Iterator[P
             "said; start the processes again, in any number, with --resume, which goes on from the last checkpoint"
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def own_part(tensor: Tensor) -> Tensor:
