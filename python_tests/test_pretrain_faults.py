@@ -1,4 +1,4 @@
-"""galore-pretrain of which one process is killed: the others end by themselves, and the run goes on in another number."""
+"""galore-pretrain of which one process is killed: the others end by themselves, the run goes on."""
 
 from __future__ import annotations
 

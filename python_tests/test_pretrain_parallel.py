@@ -103,7 +103,7 @@ def test_what_can_not_be_is_said(text: Path, tmp_path: Path, capfd: pytest.Captu
         (["--parallel", "ddp", "--batch", "3"], "--batch 3: expected a multiple of the number of processes, 2"),
         (
             ["--parallel", "fsdp2", "--optimizer", "apollo"],
-            "expected --optimizer galore8bit or galore or adamw, got apo",
+            "--optimizer galore8bit or galore or adamw, got apollo",
         ),
         (["--parallel", "fsdp2", "--optimizer", "galore_torch"], "got galore_torch"),
         (["--parallel", "fsdp2", "--gradients", "factored"], "expected --gradients dense, got factored"),

@@ -64,7 +64,8 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: in every process; what was saved before is untouched.
     """
-    with _explained(f'cannot save to "{path}"', "free space or fix the permissions; what was saved before is there"):
+    remedy = "what was saved before is still there; free space, fix the permissions, or leave out what can't be pickled"
+    with _explained(f'cannot save to "{path}"', remedy):
         folder = _of_first(lambda: _new_folder(Path(path)))
         try:
             with _alone_or_not():
@@ -132,10 +133,10 @@ def _newest(path: Path) -> Path:
     saves = _saves(path)
     complete = [folder for folder in saves if _is_complete(folder)]
     if not complete:
-        found = ", ".join(folder.name for folder in saves) or "none"
+        found = "only " + ", ".join(folder.name for folder in saves) + " without it" if saves else "none"
         raise CheckpointError(
-            f'cannot load "{path}": expected a folder save-NUMBER with {_METADATA} in it, found {found} that is '
-            "complete; pass the path that was saved to, or begin anew"
+            f'cannot load "{path}": expected a folder save-NUMBER in which {_METADATA} says that it is complete, found '
+            f"{found}; pass the path that was saved to, or begin anew"
         )
     return complete[-1]
 
