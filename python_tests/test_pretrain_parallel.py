@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from pretrain_runs import (
     STEPS,
     assert_equal_runs,
@@ -58,6 +60,23 @@ def test_two_processes_make_the_run_of_one(
     assert weights_differ(tmp_path, "two", "one") < bound
     assert last_state(tmp_path, "two")["progress"]["step"] == STEPS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss_curves.png", "one", "two"]
+
+
+def test_gradients_are_scattered_once_a_step(text: Path, tmp_path: Path) -> None:
+    def count(rank: int) -> None:
+        scatter, log = dist.reduce_scatter_tensor, tmp_path / f"scattered-{rank}"
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with log.open("a") as file:
+                file.write(".")
+            return scatter(*args, **kwargs)
+
+        dist.reduce_scatter_tensor = counted
+
+    arguments = nano(text, tmp_path, "two", *MORE, "--optimizer", "adamw", "--parallel", "fsdp2")
+    assert run_parallel(2, arguments, count) == [0, 0]
+    for rank in range(2):  # those of two blocks and of the rest
+        assert len((tmp_path / f"scattered-{rank}").read_text()) == 3 * STEPS
 
 
 def test_torchrun_starts_them(text: Path, tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def load(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Reads the newest complete save below ``path`` into ``state``. All processes, of any number, call it.
 
+    8-bit moments that were divided are read into divided ones: a process that goes on alone calls ``fully_shard`` too
+    (``torchrun --nproc-per-node 1``).
+
     Args:
         state: of the structure that was saved: tensors are written to in place, other values replaced.
         path: of :func:`save`. The first process' counts.
@@ -108,7 +111,7 @@ def _new_folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     saves = _saves(path)
     kept = [folder for folder in saves if _is_complete(folder)][-1:]
-    _remove(folder for folder in saves if folder not in kept)
+    _remove(set(saves) - set(kept))
     folder = path / f"save-{int(saves[-1].name.partition('-')[2]) + 1 if saves else 1:08d}"
     folder.mkdir()
     return folder
@@ -117,13 +120,12 @@ def _new_folder(path: Path) -> Path:
 def _replace_others(folder: Path) -> Path:
     fsync_folder(folder)
     fsync_folder(folder.parent)
-    _remove(other for other in _saves(folder.parent) if other != folder)
+    _remove(set(_saves(folder.parent)) - {folder})
     return folder
 
 
-def _remove(folders: Iterator[Path]) -> None:
+def _remove(folders: set[Path]) -> None:
     for folder in folders:
-        (folder / _METADATA).unlink(missing_ok=True)  # first: what has lost a part is not complete
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -178,5 +180,10 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
     except CheckpointException as error:  # no Exception: what some of the processes have raised, told to all
         failed = "; ".join(f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items())
         raise CheckpointError(f"{what}: {failed}; {remedy}") from error
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{what}: {error}; {remedy}") from error
+    except RuntimeError as error:  # of a collective: gloo's have no class of their own
+        raise CheckpointError(
+            f"{what}: {error}; if another process has ended, see what it has said and start all of them again: what "
+            "was saved before is still there"
+        ) from error
