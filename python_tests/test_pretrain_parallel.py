@@ -64,14 +64,15 @@ def test_two_processes_make_the_run_of_one(
 
 def test_gradients_are_scattered_once_a_step(text: Path, tmp_path: Path) -> None:
     def count(rank: int) -> None:
-        scatter, log = dist.reduce_scatter_tensor, tmp_path / f"scattered-{rank}"
+        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        scatter, log = getattr(dist, name), tmp_path / f"scattered-{rank}"
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             with log.open("a") as file:
                 file.write(".")
             return scatter(*args, **kwargs)
 
-        dist.reduce_scatter_tensor = counted
+        setattr(dist, name, counted)
 
     arguments = nano(text, tmp_path, "two", *MORE, "--optimizer", "adamw", "--parallel", "fsdp2")
     assert run_parallel(2, arguments, count) == [0, 0]

@@ -146,9 +146,10 @@ def processes(parallel: str, config: Config, device: torch.device) -> Iterator[P
     except RuntimeError as error:
         if isinstance(error, PretrainError) or not _tells_of_another(error):
             raise
+        cause = str(error).partition("\n")[0].partition(". ")[0]
         raise PretrainError(
-            f"another process of the run has ended, or doesn't answer ({str(error).splitlines()[0]}): see what it has "
-            "said; start the processes again, in any number, with --resume, which goes on from the last checkpoint"
+            f"another process of the run has ended, or doesn't answer ({cause}): see what it has said; start the "
+            "processes again, in any number, with --resume, which goes on from the last checkpoint"
         ) from error
     finally:
         if dist.is_initialized():
