@@ -14,7 +14,7 @@ from pretrain_runs import STEPS, nano, resume, run_parallel, weights_differ, wri
 from torchrun import torchrun
 
 from galore_kernels import checkpoint
-from galore_kernels.pretrain import main, parallel
+from galore_kernels.pretrain import cli, main, parallel
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +33,11 @@ def out(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("out")
     assert main(nano(text, path, "whole", *ARGUMENTS)) == 0
     return path
+
+
+@pytest.fixture(autouse=True)
+def _without_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "plot_runs", lambda *_: None)  # half of what such a short run takes
 
 
 def assert_goes_on(out: Path, name: str, step: int, capfd: pytest.CaptureFixture[str], world: int) -> None:
