@@ -271,9 +271,12 @@ def importing(folder: str) -> Any:
 
 
 def another_rank(folder: str) -> str:
-    training = Training.begin(Case(options={"rank": 8 + dist.get_rank()}), sharded=True)
-    training.backward(0)
-    return raised(ValueError, training.optimizer.step)
+    return raised(ValueError, lambda: Training.begin(Case(options={"rank": 8 + dist.get_rank()}), sharded=True))
+
+
+def another_model(folder: str) -> str:
+    model = (Model, Uneven)[dist.get_rank()]
+    return raised(ValueError, lambda: Training.begin(Case(model=model), sharded=True))
 
 
 def nan_loss_on_one(folder: str) -> Any:
@@ -342,5 +345,5 @@ def refusals(folder: str) -> dict[str, str]:
 
 TASKS: dict[str, Callable[[str], Any]] = {
     task.__name__: task
-    for task in (saving, resuming, importing, another_rank, nan_loss_on_one, nan_in_one_part, refusals)
+    for task in (saving, resuming, importing, another_rank, another_model, nan_loss_on_one, nan_in_one_part, refusals)
 }

@@ -29,6 +29,21 @@ from galore_kernels.distributed import reduce_lowrank
 from galore_kernels.optim.base import LowRankOptimizer
 
 TARGETS = ["mlp"]
+
+
+class Wide(Model):
+    """Whose bases are found by thin products: at rank 4 they are less than the gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, hidden = 96, 288
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.mlp_up = nn.Linear(width, hidden)  # right side
+        self.mlp_down = nn.Linear(hidden, width, bias=False)  # left side
+        self.mlp_square = nn.Linear(width, width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+
 STEPS = 100
 SAMPLES = 8  # a step, of all processes
 
@@ -43,6 +58,7 @@ class Case:
     micro: int = 1
     clip: float | None = None
     plain: bool = False
+    model: type[Model] = Model
 
 
 ADAFACTOR = {"scale_parameter": False, "relative_step": False}
@@ -58,10 +74,21 @@ CASES = {
     ),
     "asynchronous, both sides": Case(options={"async_refresh": True, "proj_type": "full"}),
     "adafactor": Case(GaLoreFusedAdafactor, ADAFACTOR),
+    "searched": Case(options={"rank": 4}, model=Wide),
+    "searched, accumulation, rotated": Case(options={"rank": 4, "moments_on_refresh": "rotate"}, micro=2, model=Wide),
+    "searched, adaptive, warm, asynchronous": Case(
+        options={"rank": 4, "refresh_schedule": "adaptive", "warm_start": True, "async_refresh": True}, model=Wide
+    ),
+    "searched, both sides": Case(options={"rank": 4, "proj_type": "full"}, model=Wide),
 }
 
 #: Options that turn the last bits of a gradient into more than that: the yardstick is plain DDP with the same.
-SENSITIVE = ("8-bit, staggered, warm", "adaptive, rotated, int8 basis", "asynchronous, both sides")
+SENSITIVE = (
+    "8-bit, staggered, warm",
+    "adaptive, rotated, int8 basis",
+    "asynchronous, both sides",
+    "searched, both sides",
+)
 CASES |= {f"{name}, plain DDP": replace(CASES[name], plain=True) for name in SENSITIVE}
 
 
@@ -73,7 +100,7 @@ def samples(step: int, micro: int) -> tuple[Tensor, Tensor]:
 
 def made(case: Case) -> tuple[Model, Any]:
     torch.manual_seed(0)
-    model = Model()
+    model = case.model()
     of_group = {key: value for key, value in case.options.items() if key not in ADAFACTOR}
     groups = galore_param_groups(model, TARGETS, **{"rank": 8, "update_proj_gap": 40, **of_group})
     of_optimizer = ADAFACTOR if case.optimizer is GaLoreFusedAdafactor else {}
@@ -199,6 +226,36 @@ def gradients_left(rank: int) -> str:
     return raised(RuntimeError, lambda: backward(model, 3))
 
 
+def nan_where_a_basis_is_found(rank: int) -> Any:
+    """In the first step, which has none, and in the second refresh."""
+    inner, optimizer = made(Case(options={"rank": 4, "update_proj_gap": 5}, model=Wide))
+    model = DistributedDataParallel(inner)
+    reduce_lowrank(model, optimizer)
+    for step in range(12):
+        inputs, targets = samples(step, 0)
+        loss = loss_of(model, (inputs[rank::2], targets[rank::2]))
+        (loss * float("nan") if rank and step in (0, 6) else loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFiniteGradientWarning)
+            optimizer.step()
+        optimizer.zero_grad()
+    report = {name: (entry["refreshes"], entry["refreshed_at"]) for name, entry in optimizer.subspace_report().items()}
+    return report, set(optimizer.skipped_steps().values()), inner.state_dict()
+
+
+def evaluated_before_the_step(rank: int) -> Any:
+    weights = []
+    for evaluates in (False, True):
+        model, optimizer = started()
+        backward(model, 2)
+        if evaluates:
+            with torch.no_grad():
+                model(samples(9, 0)[0])
+        optimizer.step()
+        weights.append([param.detach().clone() for param in model.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def zeroed_in_place(rank: int) -> Any:
     weights = []
     for in_place in (False, True):
@@ -249,4 +306,14 @@ def not_wrapped(rank: int) -> str:
     return raised(TypeError, lambda: reduce_lowrank(bare, optimizer))
 
 
-FAULTS = (another_rank, gradients_left, zeroed_in_place, nan_on_one, state_of_before, apollo, not_wrapped)
+FAULTS = (
+    another_rank,
+    gradients_left,
+    evaluated_before_the_step,
+    zeroed_in_place,
+    nan_on_one,
+    nan_where_a_basis_is_found,
+    state_of_before,
+    apollo,
+    not_wrapped,
+)

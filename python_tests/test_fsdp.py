@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
-    tasks = ["saving", "importing", "another_rank", "nan_loss_on_one", "nan_in_one_part", "refusals"]
+    tasks = ["saving", "importing", "another_rank", "another_model", "nan_loss_on_one", "nan_in_one_part", "refusals"]
     return run("fsdp_process", folder, 2, [*OWN, *tasks])
 
 
@@ -141,6 +141,7 @@ def test_a_checkpoint_is_resumed_by_any_number(
 def test_what_goes_wrong_goes_wrong_everywhere(two: list[dict[str, Any]]) -> None:
     for rank, own in enumerate(two):
         assert "the processes differ" in own["another_rank"]
+        assert "the processes differ" in own["another_model"]
         assert f"process {rank} has" in own["another_rank"]
         kept, skipped = own["nan_loss_on_one"]
         assert kept

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from factored_cases import Model
-from lowrank_ddp_process import CASES, SENSITIVE, STEPS, TARGETS, train
+from lowrank_ddp_process import CASES, SENSITIVE, STEPS, TARGETS, Wide, train
 from worker_processes import run
 
 from galore_kernels import galore_param_groups
@@ -38,7 +38,8 @@ def test_two_processes_train_as_one(two: list[dict[str, Any]], case: str) -> Non
     assert first.report == second.report
     alone = train(CASES[case])
     assert all(entry["refreshes"] >= 3 for entry in alone.report.values())
-    bound = 1e-5
+    # A warm search is judged by an estimate: it may be followed by a cold one here and not there.
+    bound = 1e-2 if "searched" in case and "warm" in case else 1e-5
     if case in SENSITIVE:
         plain = two[0][f"{case}, plain DDP"].weights
         assert difference(first.weights, plain) < 1e-5
@@ -70,12 +71,31 @@ def test_matrices_take_their_ranks_share_of_the_wire(two: list[dict[str, Any]], 
     assert projected <= max(8 / short for short in shorter) * whole
 
 
+@pytest.mark.parametrize(("case", "micro"), [("searched", 1), ("searched, accumulation, rotated", 2)])
+def test_bases_are_found_by_thin_products(two: list[dict[str, Any]], case: str, micro: int) -> None:
+    groups = galore_param_groups(Wide(), TARGETS, rank=4)
+    matrices, rest = ([param for _, param in group["params"]] for group in groups)
+    others = 4 * sum(param.numel() for param in rest)
+    projected = 4 * sum(4 * max(param.shape) for param in matrices)
+    sides = [sorted(param.shape) for param in matrices]
+    searched = sum(4 * (1 + 16 * short + 2 * 16 * (long + short)) for short, long in sides)
+    sent = two[0][case].bytes
+    assert set(sent) == {others + projected, others + projected + searched}
+    assert sent[0] - others < 0.7 * 4 * sum(param.numel() for param in matrices)
+
+
 def test_what_goes_wrong_goes_wrong_everywhere(two: list[dict[str, Any]]) -> None:
     for rank, own in enumerate(two):
         assert "the processes differ" in own["another_rank"]
         assert f"process {rank} has" in own["another_rank"]
         assert "projected and can't be added to" in own["gradients_left"]
         assert own["zeroed_in_place"]
+        assert own["evaluated_before_the_step"]
+        report, skips, weights = own["nan_where_a_basis_is_found"]
+        same = two[0]["nan_where_a_basis_is_found"][2]
+        assert set(report.values()) == {(2, 5)}
+        assert skips == {2}
+        assert all(torch.equal(weights[name], weight) for name, weight in same.items())
         assert own["nan_on_one"] == (len(list(Model().parameters())), True)
         assert "call zero_grad() first" in own["state_of_before"]
         assert "scales the whole gradient" in own["apollo"]

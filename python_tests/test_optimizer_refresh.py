@@ -222,9 +222,9 @@ def test_a_search_that_fails_loses_itself_alone(monkeypatch: pytest.MonkeyPatch)
     train(optimizer, params, range(3))
     begin = Pending.begin
 
-    def fails_for_a(self: Pending, update: Update, state: dict[str, Any]) -> Future[Any]:
+    def fails_for_a(self: Pending, update: Update, state: dict[str, Any], found: Any) -> Future[Any]:
         if update.index:
-            return begin(self, update, state)
+            return begin(self, update, state, found)
         future: Future[Any] = Future()  # as a search in a thread of its own leaves it
         future.set_exception(torch.OutOfMemoryError("no memory beside the step"))
         return future

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from test_subspace_quality import assert_orthonormal
+from thread_groups import in_threads
 from tolerances import U32
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,35 +202,8 @@ def test_the_gradient_is_formed_by_the_exact_decomposition_of_many_tokens_alone(
 # ---------------------------------------------------------------------- processes
 
 
-class Threads:
-    """All-reduces between threads that stand for processes."""
-
-    def __init__(self, count: int) -> None:
-        self._barrier, self._given = threading.Barrier(count, timeout=5), [torch.empty(0)] * count
-
-    def of(self, rank: int) -> Any:
-        def all_reduce(tensor: Tensor, *, largest: bool = False) -> None:
-            self._given[rank] = tensor.clone()
-            self._barrier.wait()
-            together = torch.stack(self._given)
-            self._barrier.wait()
-            tensor.copy_(together.amax(0) if largest else together.sum(0))
-
-        return all_reduce
-
-
 def together(shares: Sequence[Sequence[tuple[Tensor, Tensor]]], **options: Any) -> list[Subspace]:
-    threads, found = Threads(len(shares)), {}
-
-    def work(rank: int) -> None:
-        found[rank] = find(Factors(shares[rank], threads.of(rank)), **options)
-
-    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(len(shares))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return [found[rank] for rank in range(len(shares))]
+    return in_threads(lambda rank, all_reduce: find(Factors(shares[rank], all_reduce), **options), len(shares))
 
 
 @pytest.mark.parametrize("method", ["randomized", "svd"])
@@ -244,7 +217,9 @@ def test_processes_find_the_subspace_of_the_sum(counts: tuple[int, int], method:
     assert torch.equal(first.captured, second.captured)
     expected = find(Factors(everything), method=method)
     assert float((first.basis.T @ expected.basis).square().sum()) == pytest.approx(RANK, abs=1e-3)
-    assert float(first.captured) == pytest.approx(energy(dense(everything), first.basis), abs=SAME_SHARE)
+    # The norm is estimated, unless the gradient itself is there.
+    close = SAME_SHARE if method == "svd" else 1e-3
+    assert float(first.captured) == pytest.approx(energy(dense(everything), first.basis), abs=close)
 
 
 def test_a_nan_of_one_process_is_everyones() -> None:

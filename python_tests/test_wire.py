@@ -50,7 +50,7 @@ def settings_of(case: Case) -> Settings:
 def predicted(case: Case, step: str, first: bool, world: int) -> list[tuple[str, int]]:
     settings = replace(settings_of(case), step=step)
     if case.scheme == "sharded":
-        calls = sharded_step(settings, SHAPE, world, lowrank=False)
+        calls = sharded_step(settings, SHAPE, world, lowrank=True)
     else:
         size = None if case.bucket_mb is None else int(case.bucket_mb * 2**20)
         # In the first step DDP has one bucket.
@@ -98,11 +98,10 @@ def test_a_searchs_all_reduces_by_hand() -> None:
     shape = LlamaShape("one", hidden=64, intermediate=301, layers=1, heads=4, kv_heads=2, vocabulary=99)
     settings = Settings(shape, rank=8, weights="fp32", step="refresh")
     up = [param for param in in_backward(shape) if param.matrix.name == "up"]
-    # 301 x 64: b = 16 columns, a sketch (16, 64), two blocks of (301, 16) and (16, 64); G in panels of 256 rows.
-    search = 3 * [16 * 64] + 2 * [301 * 16]
-    norm = [256 * 64, 45 * 64]
-    by_hand = sorted([24, 8, *(4 * size for size in search + norm), 4 * 301 * 8])
-    assert sorted(call.bytes for call in ddp_step(settings, "factored", up)) == by_hand
+    # 301 x 64: b = 16 columns, a sketch (16, 64), two blocks of (301, 16) and (16, 64); and R.
+    sent = [4 * size for size in [*3 * [16 * 64], *2 * [301 * 16], 301 * 8]]
+    assert sorted(call.bytes for call in ddp_step(settings, "factored", up)) == sorted([24, 8, *sent])
+    assert sorted(call.bytes for call in ddp_step(settings, "lowrank", up)) == sorted([4, *sent])
 
 
 def test_buckets_are_closed_by_the_gradient_that_fills_them() -> None:
@@ -153,8 +152,10 @@ def test_projections_take_their_ranks_share_of_the_matrices(model: str) -> None:
         short = sum(2 * matrix.numel * rank // min(matrix.rows, matrix.cols) for matrix in shape.linears())
         amounts = own.payload("lowrank")
         assert amounts.ordinary == shape.layers * short + own.unprojected
-        assert amounts.refresh == full
-        assert amounts.mean == pytest.approx(amounts.ordinary + (full - amounts.ordinary) / 200)
+        # What searches, in float32, is less than whole gradients in bfloat16 up to about an eighth of the width.
+        assert amounts.ordinary < amounts.refresh <= full
+        assert (amounts.refresh < full) == (rank < 1024 or model == "70b")
+        assert amounts.mean == pytest.approx(amounts.ordinary + (amounts.refresh - amounts.ordinary) / 200)
         assert own.payload("factored").ordinary == amounts.ordinary
     whole = scaling(model, rank=10**6).payload("lowrank")  # at most the smaller dimension
     assert whole.ordinary == whole.refresh == full
@@ -165,7 +166,7 @@ def test_payload_grows_with_the_rank_and_with_rarer_refreshes_shrinks() -> None:
     assert means == sorted(means)
     gaps = [scaling("7b", update_proj_gap=gap).payload("lowrank").mean for gap in (1, 50, 200, 10**6)]
     assert gaps == sorted(gaps, reverse=True)
-    assert gaps[0] == scaling("7b").payload("full").mean
+    assert gaps[0] == scaling("7b").payload("lowrank").refresh
     staggered = scaling("7b", refresh_schedule="staggered").payload("lowrank")
     periodic = scaling("7b").payload("lowrank")
     assert (staggered.ordinary, staggered.mean) == (periodic.ordinary, periodic.mean)

@@ -48,6 +48,7 @@ CASES = {
     "factored, bf16, small buckets": Case("factored", torch.bfloat16, bucket_mb=0.001),
     "factored, exact": Case("factored", rank=48),
     "sharded": Case("sharded"),
+    "sharded, exact": Case("sharded", rank=48),
 }
 
 
@@ -95,7 +96,7 @@ def steps(case: Case, rank: int) -> list[list[tuple[str, int]]]:
     torch.manual_seed(0)
     model = Llama().to(case.dtype)
     if case.scheme == "sharded":
-        return sharded_steps(model, rank)
+        return sharded_steps(model, case, rank)
     if case.scheme == "factored":
         prepare(model, rank=case.rank)
     groups = galore_param_groups(
@@ -110,11 +111,12 @@ def steps(case: Case, rank: int) -> list[list[tuple[str, int]]]:
     return taken(wrapped, optimizer, rank)
 
 
-def sharded_steps(model: Llama, rank: int) -> list[list[tuple[str, int]]]:
+def sharded_steps(model: Llama, case: Case, rank: int) -> list[list[tuple[str, int]]]:
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    return taken(model, torch.optim.SGD(model.parameters(), lr=1e-3), rank)
+    groups = galore_param_groups(model, ["attn", "mlp"], rank=case.rank, update_proj_gap=GAP)
+    return taken(model, GaLoreFusedAdamW(groups, lr=1e-3), rank)
 
 
 def taken(model: nn.Module, optimizer: Any, rank: int) -> list[list[tuple[str, int]]]:

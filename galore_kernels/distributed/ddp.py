@@ -1,13 +1,15 @@
 """DDP that averages projected gradients: ``reduce_lowrank``.
 
 R = G @ P is linear in G, so that the mean of all processes' R is the R of the mean gradient: a matrix whose basis is
-not due to be found anew needs r / S of the bytes on the wire. DDP asks a hook of ours for each bucket of gradients. The
-mean R then lies in the first elements of ``.grad``, behind it zeros: its norm is R's, and what scales gradients
-(clipping, GradScaler) scales R.
+not due to be found anew needs r / S of the bytes on the wire. One that is due is found in the mean gradient too, by
+sums of thin products, where these are less. DDP asks a hook of ours for each bucket of gradients. The mean R then lies
+in the first elements of ``.grad``, behind it zeros: its norm is R's, and what scales gradients (clipping, GradScaler)
+scales R.
 """
 # No `from __future__ import annotations`: DDP compares the annotations of a hook with the classes they name.
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_kernels.optim.base import LowRankOptimizer
-from galore_kernels.optim.processes import check_agreement
+from galore_kernels.optim.processes import check_agreement, is_thin, summed
+from galore_kernels.optim.refresh import Found
 from galore_kernels.optim.update import Update
 
 
@@ -31,6 +34,7 @@ class LowRankReduction:
     def __init__(self, optimizer: LowRankOptimizer, group: Any) -> None:
         self.optimizer, self.group = optimizer, group
         self._updates: dict[int, Update] = {}
+        self._listed: object = None
 
     def begin(self, *_: Any) -> None:
         """Before a forward pass: to what is projected already nothing can be added.
@@ -38,6 +42,8 @@ class LowRankReduction:
         Raises:
             RuntimeError: gradients of the step before are still there.
         """
+        if not torch.is_grad_enabled():  # an evaluation: no gradient will come of it
+            return
         # Those that somebody else has zeroed in place are told by their values alone.
         if any(bool(grad.any()) for grad in self.optimizer.packed.gradients()):
             raise RuntimeError(
@@ -46,25 +52,45 @@ class LowRankReduction:
                 "model.no_sync()"
             )
         self.optimizer.packed.clear()
-        self._updates = {}
-
-    def update_of(self, param: Tensor) -> Update | None:
-        """The parameter's update if its gradient is to be projected for the step to come, else None."""
-        if not self._updates:
+        options = [self.optimizer.options_of(group) for group in self.optimizer.param_groups]
+        listed = options, [id(param) for group in self.optimizer.param_groups for param in group["params"]]
+        if listed != self._listed:
+            self._listed = listed
             self._updates = {id(update.param): update for update in self.optimizer.listed()}
+
+    def part_of(self, param: Tensor, grad: Tensor) -> "Part":
+        """What is sent of the gradient ``grad`` of ``param``; where a basis is due, it is found, by all processes."""
         update = self._updates.get(id(param))
-        if update is None or update.carried is not None or param.dim() != 2 or not param.is_contiguous():
-            return None
-        is_smaller = math.prod(update.layout.moments) < param.numel()
-        return update if is_smaller and not self.optimizer.keeps_gradient(update) else None
+        if update is None or update.carried is not None or update.layout.rank is None or not param.is_contiguous():
+            return Part(grad, grad)
+        due = self.optimizer.is_due(update)
+        if param.dim() != 2 or math.prod(update.layout.moments) >= param.numel() or (due and not is_thin(update)):
+            return Part(grad, grad)
+        found = self.optimizer.find(update, summed(grad, self.group)) if due else None
+        return Part(grad, self.optimizer.projected(update, grad, found).to(grad.dtype), update, found)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a bucket: a gradient, and what is sent of it: itself, or its projection by ``update``'s bases.
+
+    ``found``: in this step.
+    """
+
+    grad: Tensor
+    sent: Tensor
+    update: Update | None = None
+    found: Found | None = None
 
 
 def reduce_lowrank(model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
     """Has DDP average the projections of gradients instead of the gradients, where that is all the optimizer needs.
 
     The training is that of plain DDP: the same in exact arithmetic, and to rounding in floating point (R is sent in
-    the gradient's dtype). In the step in which a matrix' basis is found anew its whole gradient is averaged, as are
-    always those of everything that isn't projected. Every process finds the same bases, in the same mean gradient.
+    the gradient's dtype). In the step in which a matrix' basis is found anew the processes search together, and
+    exchange thin products in float32; its whole gradient is averaged where that is less (at high ranks, or with
+    ``refresh_method="svd"``), as are always the gradients of what isn't projected. All have the same bases.
+    A search estimates its gradient's norm, by which a warm start is judged, and ``subspace_report``'s captured share.
 
         model = DistributedDataParallel(model)
         optimizer = GaLoreFusedAdam8bit(galore_param_groups(model.module), lr=1e-2)
@@ -104,25 +130,21 @@ def _reduce(
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
     """DDP's hook."""
-    parts: list[tuple[Tensor, Update | None]] = []
-    pieces = []
-    for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        update = state.update_of(param)
-        parts.append((grad, update))
-        piece = grad if update is None else state.optimizer.projected(update, grad).to(grad.dtype)
-        pieces.append(piece.reshape(-1))
-    flat = torch.cat(pieces).div_(dist.get_world_size(state.group))
+    pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+    params, parts = bucket.parameters(), [state.part_of(param, grad) for param, grad in pairs]
+    flat = torch.cat([part.sent.reshape(-1) for part in parts]).div_(dist.get_world_size(state.group))
     work = dist.all_reduce(flat, group=state.group, async_op=True)
 
     def spread(future: torch.futures.Future[Any]) -> Tensor:
-        for (grad, update), mean in zip(parts, flat.split([piece.numel() for piece in pieces]), strict=True):
-            if update is None:
-                grad.copy_(mean.view(grad.shape))
+        means = flat.split([part.sent.numel() for part in parts])
+        for param, part, mean in zip(params, parts, means, strict=True):
+            if part.update is None:
+                part.grad.copy_(mean.view(part.grad.shape))
             else:
-                elements = grad.view(-1)
+                elements = part.grad.view(-1)
                 elements[: mean.numel()] = mean
                 elements[mean.numel() :] = 0
-                state.optimizer.packed.add(update.param, update.layout.moments)
+                state.optimizer.packed.add(param, part.update.layout.moments, part.found)
         return bucket.buffer()
 
     return work.get_future().then(spread)

@@ -9,6 +9,7 @@ from torch import nn
 
 from galore_kernels.nn.carried_gradient import DenseGradient, hollow
 from galore_kernels.nn.factored_linear import FactoredLinear, Int8Linear
+from galore_kernels.nn.flattened import check_unflattened
 from galore_kernels.nn.lowrank_gradient import LowRankGradient
 from galore_kernels.nn.targets import TargetModules, nothing_matches, target_linears
 from galore_kernels.ops.projection import long_short
@@ -193,6 +194,8 @@ def _check(name: str, layer: nn.Linear) -> None:
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        check_unflattened(param, name)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Module):
             raise ValueError(

@@ -29,6 +29,8 @@ def stored_scale(layer: nn.Module) -> Tensor | None:
 def _output_head(model: nn.Module) -> set[int]:
     """ids of the output head's weight: what Transformers calls the output embeddings, else a layer named like one."""
     get = getattr(model, "get_output_embeddings", None)
+    if get is None:  # DDP hides what its module has
+        get = getattr(getattr(model, "module", None), "get_output_embeddings", None)
     head = get() if callable(get) else None
     if head is not None:
         return {id(stored_weight(head))}
@@ -39,10 +41,16 @@ def _output_head(model: nn.Module) -> set[int]:
     }
 
 
+def bare_name(name: str) -> str:
+    """A name without the parts that DDP and torch.compile put before or into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
 def _matches(name: str, targets: TargetModules) -> bool:
+    names = {name, bare_name(name)}
     if isinstance(targets, str):
-        return _fullmatch(targets, name)
-    return any(target in name or _fullmatch(target, name) for target in targets)
+        return any(_fullmatch(targets, name) for name in names)
+    return any(target in name or any(_fullmatch(target, one) for one in names) for target in targets)
 
 
 def _fullmatch(pattern: str, name: str) -> bool:
@@ -61,7 +69,7 @@ def target_linears(model: nn.Module, target_modules: TargetModules) -> dict[str,
         model: whose ``nn.Linear`` layers are looked through.
         target_modules: a sequence of strings, each matching a layer whose name contains it or that it matches in
             full as a regular expression; or one string, a regular expression for the full name; or "all-linear",
-            every linear layer but the output head.
+            every linear layer but the output head. In full is with or without the prefixes of DDP and torch.compile.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if target_modules == ALL_LINEAR:

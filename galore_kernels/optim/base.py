@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from galore_kernels.nn import LowRankGradient, WeightCodes, carried_gradient_of
+from galore_kernels.nn import LowRankGradient, WeightCodes, carried_gradient_of, check_unflattened
 from galore_kernels.ops import registry
 from galore_kernels.optim import serialization
 from galore_kernels.optim.auto_rank import check_budget, undecided
 from galore_kernels.optim.factored import check_dense, check_factored
+from galore_kernels.optim.given import Given
 from galore_kernels.optim.one_by_one import OneByOne
 from galore_kernels.optim.options import AUTO, SUBSPACE_DEFAULTS, check_group, check_param
-from galore_kernels.optim.shard import check_sharding, is_dtensor
+from galore_kernels.optim.shard import check_sharding, is_dtensor, shard_of
 from galore_kernels.optim.sharded_state import as_dtensors
 from galore_kernels.optim.state import describe_group, refresh_record, tensor_bytes
 
@@ -43,10 +44,13 @@ class LowRankOptimizer(OneByOne):
         self._ranks_are_explicit = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
         #: Of the ``LayerwiseOptimizer`` that wraps this one.
         self.layerwise_hooks: list[RemovableHandle] = []
+        self._given = Given()
         self._forget()
         super().__init__(entries, defaults)
         self._is_made = True
         self._adopt()
+        shards = (shard_of(param) for group in self.param_groups for param in group["params"])
+        self._agree([shard for shard in shards if shard is not None])
 
     # ------------------------------------------------------------------ groups
 
@@ -98,6 +102,7 @@ class LowRankOptimizer(OneByOne):
             elif gradient is not None:
                 check_dense(tensor, self._layout(tensor, complete), complete, where)
         super().add_param_group(group)
+        self._given.add(self.param_groups[-1]["params"])
         if self._is_made:
             self._adopt()
 
@@ -113,6 +118,7 @@ class LowRankOptimizer(OneByOne):
             name = _parameter_name(where, position, entry)
             if not isinstance(param, WeightCodes):  # which have no gradient: what updates them is another parameter
                 check_param(param, name)
+            check_unflattened(param, name)
             if id(param) in present:
                 raise ValueError(f"{name}: given twice; pass each parameter once (tied weights are one parameter)")
             present.add(id(param))
@@ -197,6 +203,9 @@ class LowRankOptimizer(OneByOne):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("layerwise_hooks", [])
+        if "_given" not in self.__dict__:  # else groups were loaded, of the parameters that were held
+            self._given = Given()
+            self._given.add(param for group in self.param_groups for param in group["params"])
         self._forget()
         self._is_made = True
         self._adopt()

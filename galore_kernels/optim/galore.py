@@ -74,6 +74,11 @@ class GaLoreFusedAdam8bit(GaLoreAdam):
     you mean with ``galore_param_groups``: embeddings are matrices too); given groups of which some carry ``rank``,
     exactly those groups' matrices, the rank clamped to min(m, n). ``rank=None`` means full rank.
 
+    Parameters may be DTensors that processes have rows of, as ``fully_shard`` makes them: each updates its own. On the
+    right side that needs no collective but to refresh; on the left R is summed over the processes, which all keep its
+    moments. All have to make the optimizer, with the same options, which they compare. Not with rank="auto",
+    proj_type="full" or moments_on_refresh="reset".
+
     Args:
         params: parameters, (name, parameter) pairs, or groups with any of the options below as keys; a group's
             value overrides the constructor's.

@@ -321,6 +321,8 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch.no_grad()
     def _end(self) -> None:
+        if not self._updates:  # so that nothing has been checked
+            self.optimizer.check_held()
         self._flush()
         for param in (param for group in self.param_groups for param in group["params"]):
             if param.grad is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.counters import Counter
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import matrix_shape
-from galore_kernels.optim.refresh import projected
+from galore_kernels.optim.refresh import Found, find_bases, is_asynchronous, is_due, projected
 from galore_kernels.optim.scalars import Unscaling
 from galore_kernels.optim.step import SteppingOptimizer
 from galore_kernels.optim.update import Update
+from galore_kernels.subspace import Gradient
 
 
 class OneByOne(SteppingOptimizer):
@@ -28,6 +30,7 @@ class OneByOne(SteppingOptimizer):
     def begin_step(self) -> dict[int, Update]:
         """Checks the groups, takes over what asynchronous refreshes have found. All parameters, by their ids."""
         self._check_groups()
+        self.check_held()
         self._take_pending()
         self._everything = {id(update.param): update for update in self.listed()}
         return self._everything
@@ -59,7 +62,7 @@ class OneByOne(SteppingOptimizer):
         group = {**update.group, "params": [param]}
         carriers = {id(param)} if update.factored is not None else ()
         weights = (param,) if update.carried is None else update.carried.stored
-        seen = multi_tensor.observe(self._observed, [group], states, [param.grad], weights, carriers)
+        seen = multi_tensor.observe(self.options_of, [group], states, [param.grad], weights, carriers)
         plan = self._singles.get(id(param))
         if plan is None or not plan.holds(seen, self._select):
             plan = self._plan_of([update], unscaling, capture=False)
@@ -95,10 +98,31 @@ class OneByOne(SteppingOptimizer):
         if update.layout.rank is not None and update.factored is None:
             self._has_first_basis(update, update.grad.reshape(matrix_shape(update.grad.shape)))
 
+    def is_due(self, update: Update) -> bool:
+        """Whether a projected parameter's basis has to be found in the gradient of the step under way."""
+        state = self.state.get(update.param)
+        return self.keeps_gradient(update) and (not state or is_due(update, state))
+
     @torch.no_grad()
-    def projected(self, update: Update, grad: Tensor) -> Tensor:
-        """The parameter's gradient ``grad`` in its subspace, (L, r) float32."""
-        return projected(update, grad, self.state[update.param])
+    def find(self, update: Update, gradient: Gradient) -> Found:
+        """What a search for the parameter's bases finds in ``gradient``. Changes nothing."""
+        return find_bases([update], [self._state_of(update)], [gradient])[0]
+
+    @torch.no_grad()
+    def projected(self, update: Update, grad: Tensor, found: Found | None = None) -> Tensor:
+        """The parameter's gradient ``grad`` in its subspace, (L, r) float32.
+
+        ``found``: in this step, and not for the next one; then in that.
+        """
+        state, of = self._state_of(update), update.layout
+        if found is not None and not is_asynchronous(update, state) and all(one.found for one in found.values()):
+            stored = (of.stored_basis(name, one.basis, update.param.dtype) for name, one in found.items())
+            state = {**state, **{key: value for basis in stored for key, value in basis.items()}}
+        return projected(update, grad, state)
+
+    def _state_of(self, update: Update) -> dict[str, Any]:
+        """The parameter's state; before its first step the one that it will begin with."""
+        return self.state.get(update.param) or update.layout.new_state(update.param)
 
     @torch.no_grad()
     def end_step(self) -> None:

@@ -7,26 +7,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from galore_kernels.optim.refresh import Found
+
+
+@dataclass(frozen=True)
+class _Packed:
+    param: Tensor
+    shape: tuple[int, ...]
+    found: Found | None
 
 
 class PackedGradients:
     """The parameters of an optimizer whose gradients are packed, with the shapes of their projections."""
 
     def __init__(self) -> None:
-        self._packed: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+        self._packed: dict[int, _Packed] = {}
 
     def __contains__(self, param: Tensor) -> bool:
         return id(param) in self._packed
 
     def gradients(self) -> list[Tensor]:
         """Those that are still there."""
-        return [param.grad for param, _ in self._packed.values() if param.grad is not None]
+        return [packed.param.grad for packed in self._packed.values() if packed.param.grad is not None]
 
-    def add(self, param: Tensor, shape: tuple[int, ...]) -> None:
-        """The gradient that ``param`` has, or is about to have, is packed."""
-        self._packed[id(param)] = param, shape
+    def add(self, param: Tensor, shape: tuple[int, ...], found: Found | None) -> None:
+        """The gradient that ``param`` has, or is about to have, is packed.
+
+        Args:
+            found: in it, where a basis was due; the projection is to that one, or of an asynchronous refresh to the
+                one before.
+        """
+        self._packed[id(param)] = _Packed(param, shape, found)
+
+    def found(self, param: Tensor) -> Found | None:
+        """What was found in the gradient of ``param``."""
+        packed = self._packed.get(id(param))
+        return None if packed is None else packed.found
 
     def clear(self) -> None:
         """The gradients are gone."""
@@ -37,7 +59,7 @@ class PackedGradients:
         if not self._packed:
             return grads
         return [
-            grad if grad is None or param not in self else projection(grad, self._packed[id(param)][1])
+            grad if grad is None or param not in self else projection(grad, self._packed[id(param)].shape)
             for param, grad in zip(params, grads, strict=True)
         ]
 

@@ -10,6 +10,7 @@ from galore_kernels.nn import (
     FactoredLinear,
     LowRankGradient,
     TargetModules,
+    check_unflattened,
     nothing_matches,
     stored_weight,
     target_linears,
@@ -34,7 +35,8 @@ def galore_param_groups(
         left out if empty; pass it to ``GaLoreFusedAdam8bit``.
 
     Raises:
-        ValueError: nothing matches; the message lists the linear layers there are.
+        ValueError: nothing matches; the message lists the linear layers there are. Or FSDP1 or ZeRO has flattened the
+            parameters.
     """
     chosen = list(target_linears(model, target_modules).values())
     prepared = {id(layer.carrier): layer.gradient for layer in model.modules() if isinstance(layer, FactoredLinear)}
@@ -43,6 +45,7 @@ def galore_param_groups(
     projected: list[tuple[str, Tensor]] = []
     rest: list[tuple[str, Tensor]] = []
     for name, param in model.named_parameters():
+        check_unflattened(param, name)
         gradient = prepared.get(id(param))
         if isinstance(gradient, LowRankGradient):
             factored.setdefault(gradient.rank, []).append((name, param))

@@ -35,11 +35,17 @@ class Pending:
         """Where there are parameters whose searches are kept."""
         return {update.param.device for update, *_ in self._begun}
 
-    def begin(self, update: Update, state: Mapping[str, Any]) -> Future[Search]:
-        """Begins to find the bases in a copy of the parameter's gradient; to be handed to ``keep``, or dropped."""
+    def begin(self, update: Update, state: Mapping[str, Any], found: Found | None) -> Future[Search]:
+        """Begins to find the bases in a copy of the parameter's gradient; to be handed to ``keep``, or dropped.
+
+        ``found``: them, if they are found already.
+        """
         device = update.param.device
         future: Future[Search]
-        if device.type != "cuda" or update.layout.shard is not None:
+        if found is not None:
+            future = Future()
+            future.set_result((found, None))
+        elif device.type != "cuda" or update.layout.shard is not None:
             future = Future()
             future.set_result((find_bases([update], [state], [update.grad])[0], None))
         else:

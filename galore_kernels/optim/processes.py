@@ -7,6 +7,7 @@ in one basis.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from galore_kernels.ops.projection import long_short
+from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import AllReduce, Factors
+from galore_kernels.subspace import AllReduce, Factors, SummedGradient, block_columns, exchanged
 
 if TYPE_CHECKING:
     from galore_kernels.optim.rules import Rule
@@ -60,6 +63,25 @@ def _description(optimizer: str, rule: Rule, param_groups: Sequence[Mapping[str,
     return f"{optimizer}: " + "; ".join(described)
 
 
+def is_thin(update: Update) -> bool:
+    """Whether finding the basis by thin products, and sending the projection, takes fewer bytes than the gradient."""
+    layout, itemsize = update.layout, update.param.element_size()
+    long, short = long_short(matrix_shape(update.param.shape), layout.side or "")
+    columns = block_columns((long, short), layout.rank or 0, update.group["refresh_method"])
+    if columns is None:
+        return False
+    searches = [exchanged(long, short, columns)]
+    if "long_basis" in layout.bases:
+        searches.append(exchanged(short, long, columns))
+    thin = torch.float32.itemsize * sum(map(sum, searches)) + itemsize * math.prod(layout.moments)
+    return thin < itemsize * update.param.numel()
+
+
+def summed(grad: Tensor, group: dist.ProcessGroup) -> SummedGradient:
+    """The sum of all processes' gradients (m, n), as a search takes it."""
+    return SummedGradient(grad, _all_reduce_of(group))
+
+
 def factors_of(update: Update, pairs: list[tuple[Tensor, Tensor]]) -> Factors | None:
     """The factors of the sum of all processes' gradients; where there are no others, of ``pairs``. None of none.
 
@@ -71,7 +93,7 @@ def factors_of(update: Update, pairs: list[tuple[Tensor, Tensor]]) -> Factors | 
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return Factors(pairs) if pairs else None
-    weight, all_reduce = update.weight, _all_reduce(dist.group.WORLD)
+    weight, all_reduce = update.weight, _all_reduce_of(_group_of(dist.group.WORLD))
     own = _DTYPES.index(pairs[0][0].dtype) if pairs else -1
     said = torch.tensor([update.index, -update.index, own], device=weight.device)
     all_reduce(said, largest=True)
@@ -87,12 +109,15 @@ def factors_of(update: Update, pairs: list[tuple[Tensor, Tensor]]) -> Factors | 
     return Factors(pairs or [(nothing[0], nothing[1])], all_reduce)
 
 
-def _all_reduce(world: object) -> AllReduce:
+def _group_of(world: object) -> dist.ProcessGroup:
+    """The one that was made for ``world``."""
     global _made
     if _made is None or _made[0] is not world:
         _made = world, dist.new_group()
-    group = _made[1]
+    return _made[1]
 
+
+def _all_reduce_of(group: dist.ProcessGroup) -> AllReduce:
     def all_reduce(tensor: Tensor, *, largest: bool = False) -> None:
         dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -115,7 +115,9 @@ def find_bases(
             method=first.group["refresh_method"],
         )
         for own, subspace in zip(found, subspaces, strict=True):
-            own[name] = subspace
+            # A sum over processes may turn out to be zero.
+            is_sum = not isinstance(gradients[0], Tensor)
+            own[name] = replace(subspace, found=bool(subspace.captured > 0)) if is_sum else subspace
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_kernels.nn import DenseGradient, LowRankGradient
+from galore_kernels.nn import DenseGradient, LowRankGradient, bare_name
 from galore_kernels.optim.checksum import state_checksum
 from galore_kernels.optim.options import STRUCTURAL, check_group
 from galore_kernels.optim.rules import Rule
@@ -165,9 +165,9 @@ def _check_names(old: list[str] | None, new: list[str] | None, where: str) -> No
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without the prefixes that DDP and torch.compile put before or into it.
+    """A parameter's name whatever wraps the model.
 
     One that carries a prepared layer's gradient has its weight's name: the state is the same.
     """
-    layer, _, own = name.replace("_orig_mod.", "").removeprefix("module.").rpartition(".")
+    layer, _, own = bare_name(name).rpartition(".")
     return f"{layer}.{'weight' if own in (LowRankGradient.name, DenseGradient.name) else own}"

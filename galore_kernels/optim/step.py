@@ -14,9 +14,9 @@ from torch._compile import _disable_dynamo
 from galore_kernels.nn import LowRankGradient, Pairs, carried_gradient_of
 from galore_kernels.optim import factored, multi_tensor
 from galore_kernels.optim.auto_rank import chosen_ranks, finite, undecided
+from galore_kernels.optim.given import Given
 from galore_kernels.optim.multi_tensor import Plan
 from galore_kernels.optim.options import check_param, check_scheduled
-from galore_kernels.optim.packed import PackedGradients
 from galore_kernels.optim.processes import check_agreement, factors_of
 from galore_kernels.optim.refresh import (
     changes,
@@ -37,6 +37,9 @@ class SteppingOptimizer(UpdatingOptimizer):
     # Until then, prepared layers are left to the optimizer that they may have.
     _is_made = False
 
+    # What it was given.
+    _given: Given
+
     # torch.amp.GradScaler then passes grad_scale and found_inf instead of unscaling and skipping itself.
     _step_supports_amp_scaling = True
 
@@ -54,8 +57,6 @@ class SteppingOptimizer(UpdatingOptimizer):
         self._findings: list[factored.Finding] = []
         # Whether the processes that have parts of parameters have been compared.
         self._has_agreed = False
-        #: Gradients that are projected already.
-        self.packed = PackedGradients()
         # Of the prepared layers.
         self._prepared: list[LowRankGradient] = []
         # What was planned when these were last told of their bases, and the call before which they are again.
@@ -253,22 +254,27 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _observe(self, grads: list[Tensor | None]) -> object:
         weights = [tensor for gradient in self._carried for tensor in gradient.stored]
         carriers = {id(gradient.carrier) for gradient in self._prepared}
-        return multi_tensor.observe(self._observed, self.param_groups, self.state, grads, weights, carriers)
+        return multi_tensor.observe(self.options_of, self.param_groups, self.state, grads, weights, carriers)
 
     def _collect(self, unscaling: Unscaling) -> list[Update]:
         self._check_groups()
+        self.check_held()
         updates = [u for u in self.listed() if u.param.grad is not None and u.param.numel() > 0]
         for update in updates:
             self._check(update)
         self._agree([update.layout.shard for update in updates if update.layout.shard is not None])
         return self._with_chosen_ranks(updates, unscaling)
 
+    def check_held(self) -> None:
+        """Raises ValueError or RuntimeError if a wrapper has flattened the parameters, or put others in their place."""
+        self._given.check((name, param) for _, name, param, _ in self._named_params())
+
     def _agree(self, shards: Sequence[Shard]) -> None:
         """Raises ValueError, once and in all processes, if those that have parts have other parameters or options."""
         if shards and not self._has_agreed:
-            meshes = {id(shard.mesh): shard.mesh for shard in shards}.values()
-            groups = [mesh.get_group(place) for mesh in meshes for place in range(mesh.ndim)]
-            check_agreement(type(self).__name__, self.rule, self.param_groups, groups)
+            found = [shard.mesh.get_group(place) for shard in shards for place in range(shard.mesh.ndim)]
+            groups = {id(group): group for group in found}  # of several meshes often the same
+            check_agreement(type(self).__name__, self.rule, self.param_groups, list(groups.values()))
             self._has_agreed = True
 
     @property

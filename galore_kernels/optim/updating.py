@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections import defaultdict
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,6 +19,7 @@ from galore_kernels.ops import registry
 from galore_kernels.optim.counters import Counters
 from galore_kernels.optim.multi_tensor import Gradients, Plan, observed_options
 from galore_kernels.optim.options import matrix_shape
+from galore_kernels.optim.packed import PackedGradients
 from galore_kernels.optim.pending import Pending
 from galore_kernels.optim.refresh import (
     Found,
@@ -56,7 +59,9 @@ class UpdatingOptimizer(Optimizer):
         self._rates = LearningRates()
         self._monitor = SkipMonitor()
         self._pending = Pending()
-        self._observed = observed_options(self.rule)
+        #: Gradients that are projected already.
+        self.packed = PackedGradients()
+        self.options_of = observed_options(self.rule)
 
     def _select(self, device: torch.device) -> registry.Backend:
         return registry.select(self.rule.served_by, self._backend, device)
@@ -128,23 +133,20 @@ class UpdatingOptimizer(Optimizer):
 
         ``apart``: ids of parameters that are in no group in this step, or ``done``.
         """
-        parts = []
+        by_group: dict[Any, list[Update]] = defaultdict(list)  # by the processes
         for update in plan.sums:
-            state = self.state.get(update.param)
-            alone = id(update.param) in apart
-            if state and id(update.param) not in done and not (alone and is_due(update, state)):
-                parts.append((update, projected(update, update.grad, state)))
-        by_group: dict[int, list[tuple[Update, Tensor]]] = defaultdict(list)
-        for update, part in parts:
-            by_group[id(update.layout.shard.group)].append((update, part))  # type: ignore[union-attr]
+            param, shard = update.param, update.layout.shard
+            state = self.state.get(param)
+            if shard and state and id(param) not in done and not (id(param) in apart and is_due(update, state)):
+                by_group[shard.group].append(update)
         summed: dict[int, Tensor] = {}
-        for own in by_group.values():
-            shard, flat = own[0][0].layout.shard, torch.cat([part.flatten() for _, part in own])
-            shard.all_reduce(flat)  # type: ignore[union-attr]
-            pieces = flat.split([part.numel() for _, part in own])
-            summed.update(
-                {update.index: piece.view(part.shape) for (update, part), piece in zip(own, pieces, strict=True)}
-            )
+        for group, own in by_group.items():
+            sizes = [math.prod(update.layout.moments) for update in own]
+            flat = own[0].weight.new_empty(sum(sizes), dtype=torch.float32)
+            for update, piece in zip(own, flat.split(sizes), strict=True):
+                lowrank = piece.view(update.layout.moments)
+                summed[update.index] = lowrank.copy_(projected(update, update.grad, self.state[update.param]))
+            dist.all_reduce(flat, group=group)
         return summed
 
     def _options(
@@ -183,12 +185,13 @@ class UpdatingOptimizer(Optimizer):
         state = layout.new_state(param) if fresh else self.state[param]
         step, before, skipped = counted(layout, state), int(state["step"]), int(state["skipped"])
         options = replace(options, rounding_seed=update.rounding_seed(state))
-        due = lowrank is None and is_due(update, state)
+        found = found or self.packed.found(param)
+        due = lowrank is None and (found is not None if update.is_packed else is_due(update, state))
         later = due and is_asynchronous(update, state)
         changed: dict[str, Any] = {}
         weight, new, search, agreed = target, state, None, False
         try:
-            search = self._pending.begin(update, state) if later else None
+            search = self._pending.begin(update, state, found) if later else None
             if due and not later:
                 found = found or find_bases([update], [state], [grad])[0]
                 changed = changes(update, state, found, step, self._backend)

@@ -70,7 +70,7 @@ class Scaling:
 
     def sharded(self, gpus: int, *, lowrank: bool) -> list[Collective]:
         """FSDP2's collectives of a step between two refreshes."""
-        return merged(sharded_step(self.settings, self.settings.shape, gpus, lowrank=lowrank))
+        return merged(sharded_step(replace(self.settings, step="ordinary"), self.settings.shape, gpus, lowrank=lowrank))
 
     @property
     def unprojected(self) -> int:

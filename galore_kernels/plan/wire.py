@@ -14,8 +14,7 @@ import torch
 from galore_kernels.plan.optimizers import Parameter
 from galore_kernels.plan.settings import Settings
 from galore_kernels.plan.shapes import LlamaShape, Matrix
-from galore_kernels.subspace.factors import PANEL_ROWS
-from galore_kernels.subspace.search import block_columns
+from galore_kernels.subspace import block_columns, exchanged
 
 __all__ = [
     "PASSES",
@@ -31,9 +30,6 @@ __all__ = [
 ]
 
 _FLOAT, _INTEGER = torch.float32.itemsize, torch.int64.itemsize
-
-#: Blocks of a search that begins with a sketch; a warm one takes one, and no more columns.
-_BLOCKS = 2
 
 #: DDP's: the first bucket is small, so that its all-reduce begins early.
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
@@ -94,24 +90,28 @@ def _projected(settings: Settings, matrix: Matrix) -> Sent:
     return Sent(settings.lowrank(matrix))
 
 
-def _factors_refreshed(settings: Settings, matrix: Matrix) -> Sent:
-    """A prepared layer's, from X and dY: R as ever; which layer it is; the factors' magnitudes; G in panels, for its
-    norm; and the search."""
+def _searched(settings: Settings, matrix: Matrix) -> Sent:
+    """The search in the mean gradient, and R; or the gradient itself, if that is less."""
     (long, short), columns = settings.long_short(matrix), _columns(settings, matrix)
-    panels = (min(PANEL_ROWS, long - start) * short * _FLOAT for start in range(0, long, PANEL_ROWS))
-    searching = (matrix.numel * _FLOAT,) if columns is None else _search(long, short, columns)
-    return Sent(settings.lowrank(matrix), (3 * _INTEGER, 2 * _FLOAT, *panels, *searching))
+    if columns is None:
+        return _whole(settings, matrix)
+    search = tuple(_FLOAT * numbers for numbers in exchanged(long, short, columns))
+    itemsize = settings.dtype.itemsize
+    if sum(search) + itemsize * settings.lowrank(matrix) >= itemsize * matrix.numel:
+        return _whole(settings, matrix)
+    return Sent(settings.lowrank(matrix), search)
+
+
+def _factors_refreshed(settings: Settings, matrix: Matrix) -> Sent:
+    """A prepared layer's, from X and dY: R as ever; which layer it is; the factors' magnitudes; and the search."""
+    (long, short), columns = settings.long_short(matrix), _columns(settings, matrix)
+    numbers = (matrix.numel,) if columns is None else exchanged(long, short, columns)[1:]
+    return Sent(settings.lowrank(matrix), (3 * _INTEGER, 2 * _FLOAT, *(_FLOAT * number for number in numbers)))
 
 
 def _columns(settings: Settings, matrix: Matrix) -> int | None:
     """b, or None where the decomposition is exact."""
     return block_columns(settings.long_short(matrix), settings.rank_of(matrix), "randomized")
-
-
-def _search(long: int, short: int, columns: int) -> tuple[int, ...]:
-    """A sketch (b, S), and in each block G @ Z (L, b) and Q.T @ G (b, S), float32."""
-    block = (long * columns * _FLOAT, columns * short * _FLOAT)
-    return (columns * short * _FLOAT, *(block * _BLOCKS))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Scheme:
 
 SCHEMES: dict[str, Scheme] = {
     "full": Scheme("DDP", _whole, _whole),
-    "lowrank": Scheme("reduce_lowrank", _projected, _whole),
+    "lowrank": Scheme("reduce_lowrank", _projected, _searched),
     "factored": Scheme("prepared layers", _projected, _factors_refreshed, has_rank=True),
 }
 """Plain DDP; ``galore_kernels.distributed.reduce_lowrank``; layers of ``prepare`` under plain DDP."""
@@ -191,14 +191,15 @@ def mean_over_gap(settings: Settings, of_step: Callable[[Settings], float]) -> f
 
 
 def sharded_step(settings: Settings, shape: LlamaShape, processes: int, *, lowrank: bool) -> list[Collective]:
-    """``fully_shard`` of each layer and of the model, in a step between two refreshes.
+    """``fully_shard`` of each layer and of the model, in ``settings.step``.
 
     A layer's weights are gathered before its forward and its backward pass, those of the rest once (PyTorch leaves the
     root's there), and every gradient is scattered. Rows are dealt out, filled up to the same number for each process.
 
     Args:
         lowrank: with an optimizer that projects. On the right side a process' rows of G are its rows of R, on the left
-            R is a sum over processes: an all-reduce of (L, r) float32 for each matrix.
+            R, (L, r) float32, is a sum over processes: one all-reduce of all that are not refreshed. In a refresh the
+            processes search together, and sum R of each matrix by itself.
     """
 
     def padded(matrices: Iterable[Matrix]) -> int:
@@ -207,7 +208,22 @@ def sharded_step(settings: Settings, shape: LlamaShape, processes: int, *, lowra
 
     norm = Matrix("norm", shape.hidden, 1)
     layer, root = padded([*shape.linears(), norm, norm]), padded([*shape.tables(), norm])
-    left = [matrix for matrix in shape.linears() if settings.side(matrix) == "left"]
     each = [Collective("all_gather", layer), Collective("all_gather", layer), Collective("reduce_scatter", layer)]
-    each += [Collective("all_reduce", settings.lowrank(matrix) * _FLOAT) for matrix in left if lowrank]
-    return [*each * shape.layers, Collective("all_gather", root), Collective("reduce_scatter", root)]
+    calls = [*each * shape.layers, Collective("all_gather", root), Collective("reduce_scatter", root)]
+    if not lowrank:
+        return calls
+    matrices = sorted(shape.linears() * shape.layers, key=lambda matrix: -matrix.numel)
+    due = settings.due(len(matrices))
+    calls += [
+        Collective("all_reduce", size) for matrix in matrices[:due] for size in _sharded_refresh(settings, matrix)
+    ]
+    left = [settings.lowrank(matrix) for matrix in matrices[due:] if settings.side(matrix) == "left"]
+    return [*calls, Collective("all_reduce", sum(left) * _FLOAT)] if left else calls
+
+
+def _sharded_refresh(settings: Settings, matrix: Matrix) -> list[int]:
+    """The search, with the square of the norm in float64; on the left R."""
+    (long, short), columns = settings.long_short(matrix), _columns(settings, matrix)
+    numbers = (1, matrix.numel) if columns is None else exchanged(long, short, columns)
+    lowrank = [settings.lowrank(matrix)] if settings.side(matrix) == "left" else []
+    return [torch.float64.itemsize, *(_FLOAT * number for number in (*numbers, *lowrank))]

@@ -10,8 +10,8 @@ from galore_kernels.subspace.projection import project_rows
 from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ranks
 from galore_kernels.subspace.refresh import REFRESH_METHODS, find_subspace, find_subspaces, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
-from galore_kernels.subspace.search import Subspace
-from galore_kernels.subspace.sharded import ShardedGradient
+from galore_kernels.subspace.search import Subspace, block_columns
+from galore_kernels.subspace.sharded import ShardedGradient, SummedGradient, exchanged
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 
 __all__ = [
@@ -29,7 +29,10 @@ __all__ = [
     "ShardedGradient",
     "Side",
     "Subspace",
+    "SummedGradient",
+    "block_columns",
     "choose_ranks",
+    "exchanged",
     "find_subspace",
     "find_subspaces",
     "full_precision",

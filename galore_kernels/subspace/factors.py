@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from galore_kernels.subspace.estimate import NormEstimate
 from galore_kernels.subspace.exact import exact_right_vectors
 from galore_kernels.subspace.precision import full_precision
 
@@ -33,7 +34,7 @@ class Factors:
     Args:
         pairs: of K micro-batches, (left (T_k, L), right (T_k, S)), on one device, of one dtype.
         all_reduce: given, G is the sum over processes, each of which has its own pairs, and what is computed of it is
-            the same in all of them. They exchange the thin products, and for the norm G itself, in panels.
+            the same in all of them. They exchange the thin products; the norm is estimated (``NormEstimate``).
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], all_reduce: AllReduce | None = None) -> None:
@@ -51,10 +52,14 @@ class Factors:
 
     @property
     def magnitude(self) -> float:
-        """0 if the gradient is; NaN or infinite if a factor holds such a value; else a positive number."""
+        """0 if the gradient is; NaN or infinite if a factor holds such a value; else a positive number.
+
+        Of a sum over processes, positive as well where factors that aren't zero cancel.
+        """
         left, right = self._largest()
         product = left * right
-        return float(self.near_one.norm()) if 0.0 < product < math.inf else product
+        known = self._all_reduce is None and 0.0 < product < math.inf
+        return float(self.near_one.own_norm()) if known else product
 
     @property
     def near_one(self) -> ThinProduct:
@@ -97,6 +102,7 @@ class ThinProduct:
     def __init__(self, left: Tensor, right: Tensor, all_reduce: AllReduce | None = None) -> None:
         self._left, self._right, self._all_reduce = left, right, all_reduce
         self._norm: Tensor | None = None
+        self._estimate = NormEstimate()
 
     def _sum(self, product: Tensor) -> Tensor:
         if self._all_reduce is not None:
@@ -110,17 +116,25 @@ class ThinProduct:
     def multiplied_by(self, left: Tensor, out: Tensor) -> None:
         """``out`` (b, S) = ``left`` (b, L) @ G."""
         self._sum(torch.mm(left @ self._left.T, self._right, out=out))
+        if self._all_reduce is not None:
+            self._estimate.see_product(out)
 
-    def norm(self) -> Tensor:
-        """Its Frobenius norm, 0-d float32: from Gram matrices of the tokens, or row by row where that is less work."""
+    def norm(self, vectors: Tensor, sigma: Tensor) -> Tensor:
+        """Its Frobenius norm, 0-d float32; of a sum over processes by ``vectors`` (S, r) and ``sigma`` (r,)."""
+        if self._all_reduce is not None:
+            return self._estimate.norm(vectors, sigma, self._left.shape[1])
+        return self.own_norm()
+
+    def own_norm(self) -> Tensor:
+        """That of this process: from Gram matrices of the tokens, or row by row where that is less work."""
         if self._norm is not None:
             return self._norm
         tokens, (long, short) = len(self._left), (self._left.shape[1], self._right.shape[1])
         with full_precision(), torch.autocast(self._left.device.type, enabled=False):
-            if self._all_reduce is None and tokens * (long + short) < long * short:
+            if tokens * (long + short) < long * short:
                 panels = ((x @ self._left.T) * (y @ self._right.T) for x, y in self._panels(self._left, self._right))
             else:
-                panels = (self._sum(x.T @ self._right).square() for x in self._left.split(PANEL_ROWS, dim=1))
+                panels = ((x.T @ self._right).square() for x in self._left.split(PANEL_ROWS, dim=1))
             square = torch.stack([panel.sum(dtype=torch.float64) for panel in panels]).sum()
         self._norm = square.clamp_min(0.0).sqrt().float()
         return self._norm
@@ -133,7 +147,9 @@ class ThinProduct:
         """As the function of this name, from the smaller of G and of the triangular factors of both sides."""
         tokens, (long, short) = len(self._left), (self._left.shape[1], self._right.shape[1])
         if self._all_reduce is not None or tokens >= min(long, short):
-            return exact_right_vectors(self._sum(self._left.T @ self._right), rank)
+            whole = self._sum(self._left.T @ self._right)
+            self._estimate.see_whole(whole)
+            return exact_right_vectors(whole, rank)
         left, (q, right) = torch.linalg.qr(self._left.T, mode="r").R, torch.linalg.qr(self._right.T)
         vectors, sigma = exact_right_vectors(left @ right.T, min(rank, tokens))
         missing = rank - len(sigma)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from galore_kernels.subspace.exact import exact_right_vectors
-from galore_kernels.subspace.factors import Factors, ThinProduct
-from galore_kernels.subspace.sharded import ShardedGradient, ShardedProduct
+from galore_kernels.subspace.factors import Factors
+from galore_kernels.subspace.sharded import ShardedGradient
 
 # Gradients whose largest magnitude is in this range are used where they lie; others are multiplied by a power
 # of two, so that neither squares nor 2^-24 of the largest value leave fp32's normal range.
@@ -95,9 +95,14 @@ class Matrices:
             else:
                 matrix.multiplied_by(operand, result)
 
-    def norms(self) -> Tensor:
-        """(N,) float32: Frobenius norms."""
-        return torch.stack([_norm(matrix) for matrix in self.items])
+    def norms(self, vectors: Tensor, sigma: Tensor) -> Tensor:
+        """(N,) float32: Frobenius norms.
+
+        Those of sums over processes are estimated from what was found, (N, S, r) right singular vectors and (N, r)
+        singular values.
+        """
+        found = zip(self.items, vectors, sigma, strict=True)
+        return torch.stack([_norm(item) if isinstance(item, Tensor) else item.norm(v, s) for item, v, s in found])
 
     def exact_right_vectors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(N, S, r) leading right singular vectors and (N, r) singular values, one matrix at a time."""
@@ -110,10 +115,8 @@ class Matrices:
         return stacked([vectors for vectors, _ in found]), stacked([sigma for _, sigma in found])
 
 
-def _norm(matrix: Tensor | ThinProduct | ShardedProduct) -> Tensor:
-    if isinstance(matrix, Tensor):
-        return torch.linalg.vector_norm(matrix, dtype=torch.float32)
-    return matrix.norm()
+def _norm(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dtype=torch.float32)
 
 
 def largest_magnitudes(grads: Sequence[Gradient]) -> list[float]:

@@ -191,7 +191,7 @@ def _settled(
     """The subspaces of these vectors: signs chosen, noise left out, orthonormal; captured is NaN after a failure."""
     pivot = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     vectors = torch.where(pivot < 0, -vectors, vectors)
-    norm = matrices.norms()
+    norm = matrices.norms(vectors, sigma)
     noise = noise_level(matrices.shape, norm, sigma[:, 0], matrices.grad_dtype)
     active = sigma > noise.unsqueeze(-1)  # false for NaN as well
     bases = orthonormalized(vectors.masked_fill_(~active[:, None], 0.0), 2, failures).contiguous()

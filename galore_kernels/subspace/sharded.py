@@ -1,4 +1,4 @@
-"""A gradient of which each process has some rows or columns, and what a search takes of it: thin products, summed."""
+"""Gradients that are sums over processes, and what a search takes of them: thin products, which are summed instead."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from galore_kernels.subspace.estimate import NormEstimate
 from galore_kernels.subspace.exact import exact_right_vectors
 from galore_kernels.subspace.factors import AllReduce
 
@@ -14,7 +15,7 @@ from galore_kernels.subspace.factors import AllReduce
 class ShardedGradient:
     """G, (L, S), divided among processes; what is computed of it is the same in all of them.
 
-    They exchange thin products and two numbers; only the exact decomposition exchanges G itself.
+    They exchange ``exchanged``, and for its norm a number; only the exact decomposition exchanges G itself.
 
     Args:
         part: what this process has, (l, S) or (L, s), float32 or 16-bit.
@@ -50,8 +51,10 @@ class ShardedGradient:
         """The gradient in float32, multiplied by a power of two that brings its largest magnitude near 1."""
         exponent = -math.frexp(self.magnitude)[1]
         half = exponent // 2  # a subnormal's 2^149 is itself out of float32's range
-        scaled = self._part.float() * 2.0**half * 2.0 ** (exponent - half)
-        return ShardedProduct(scaled, slice(self._start, self._start + scaled.shape[self._dim]), self)
+        return self._product(self._part.float() * 2.0**half * 2.0 ** (exponent - half))
+
+    def _product(self, part: Tensor) -> ShardedProduct:
+        return ShardedProduct(part, slice(self._start, self._start + part.shape[self._dim]), self)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """All processes' tensors, in the place of each."""
@@ -87,14 +90,67 @@ class ShardedProduct:
             product[:, self._own] = left @ self._part
         out.copy_(self._gradient.sum(product))
 
-    def norm(self) -> Tensor:
+    def norm(self, vectors: Tensor, sigma: Tensor) -> Tensor:
         """Its Frobenius norm, 0-d float32."""
         return self._gradient.sum(torch.linalg.vector_norm(self._part, dtype=torch.float64).square()).sqrt().float()
 
     def exact_right_vectors(self, rank: int) -> tuple[Tensor, Tensor]:
         """As the function of this name, of the whole gradient."""
+        return exact_right_vectors(self._whole(), rank)
+
+    def _whole(self) -> Tensor:
         whole = self._part.new_zeros(self._gradient.shape)
         (whole if self._gradient.is_by_rows else whole.mT)[self._own] = (
             self._part if self._gradient.is_by_rows else self._part.mT
         )
-        return exact_right_vectors(self._gradient.sum(whole), rank)
+        return self._gradient.sum(whole)
+
+
+class SummedGradient(ShardedGradient):
+    """G, (L, S), the sum of what each process has, all of that shape. Its norm is estimated: see ``NormEstimate``.
+
+    Args:
+        part: what this process has, (L, S). all_reduce: over the processes.
+    """
+
+    def __init__(self, part: Tensor, all_reduce: AllReduce) -> None:
+        super().__init__(part, 0, part.shape[0], 0, all_reduce)
+
+    @property
+    def T(self) -> SummedGradient:  # noqa: N802 - a tensor's is called so
+        """The transposed gradient."""
+        return SummedGradient(self._part.T, self._all_reduce)
+
+    def _product(self, part: Tensor) -> ShardedProduct:
+        return SummedProduct(part, slice(None), self)
+
+
+class SummedProduct(ShardedProduct):
+    """Products with G. Its norm is known after a search."""
+
+    def __init__(self, part: Tensor, own: slice, gradient: ShardedGradient) -> None:
+        super().__init__(part, own, gradient)
+        self._estimate = NormEstimate()
+
+    def multiplied_by(self, left: Tensor, out: Tensor) -> None:
+        """As of ``ShardedProduct``."""
+        super().multiplied_by(left, out)
+        self._estimate.see_product(out)
+
+    def norm(self, vectors: Tensor, sigma: Tensor) -> Tensor:
+        """Its Frobenius norm, 0-d float32."""
+        return self._estimate.norm(vectors, sigma, self._gradient.shape[0])
+
+    def _whole(self) -> Tensor:
+        whole = super()._whole()
+        self._estimate.see_whole(whole)
+        return whole
+
+
+def exchanged(long: int, short: int, columns: int) -> tuple[int, ...]:
+    """The float32 numbers in each all-reduce of a search that begins with a sketch: G (L, S), blocks of ``columns``.
+
+    A warm search takes fewer.
+    """
+    block = long * columns, columns * short
+    return (1, columns * short, *block, *block)
