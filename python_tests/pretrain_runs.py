@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from forks import fork, run_ranks
+from worker_processes import difference
 
 from galore_kernels import checkpoint
 from galore_kernels.pretrain import main
@@ -108,5 +109,4 @@ def resume(out: Path, name: str, *more: str) -> list[str]:
 
 def weights_differ(out: Path, one: str, other: str) -> float:
     """The largest relative difference of two runs' final weights, tensor by tensor."""
-    (weights, others) = (last_state(out, name)["model"] for name in (one, other))
-    return max(float((weights[name] - others[name]).norm() / others[name].norm()) for name in others)
+    return difference(*(last_state(out, name)["model"] for name in (one, other)))

@@ -19,9 +19,9 @@ from forks import run_ranks
 from fsdp_process import Case, Training, Uneven, state_of
 from kills import kill_at, kill_in_backward
 from lowrank_ddp_process import raised
-from test_fsdp import difference
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+from worker_processes import difference
 
 from galore_kernels.distributed import checkpoint
 
