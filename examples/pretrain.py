@@ -4,6 +4,7 @@
     python examples/pretrain.py --optimizer adamw                      # a rival; same data, same initial weights
     python examples/pretrain.py --text my_notes/ --steps 2000          # your own text
     python examples/pretrain.py --preset 60m --dataset allenai/c4:en --tokenizer t5-base
+    torchrun --nproc-per-node 2 examples/pretrain.py --parallel fsdp2 --device cpu   # weights and state divided
     python examples/pretrain.py --resume                               # after Ctrl-C, a kill or a power cut
 
 Every run leaves a log, checkpoints and a picture of all runs under ``runs/``. ``--help`` lists everything.

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["CheckpointError", "load", "save"]
+__all__ = ["CheckpointError", "fsync_folder", "load", "save"]
 
 _MAGIC = b"galore_kernels/1"
 _FOOTER = struct.Struct("<16sQ32s")
@@ -79,7 +79,7 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
                         os.unlink(temporary)
     except OSError as error:
         raise _write_failed(target, error) from error
-    _fsync_folder(folder)
+    fsync_folder(folder)
 
 
 def load(path: str | os.PathLike[str], *, map_location: Any = None) -> Any:
@@ -194,7 +194,8 @@ def _is_open_file(descriptor: int, path: str) -> bool:
     return False
 
 
-def _fsync_folder(folder: str) -> None:
+def fsync_folder(folder: str | os.PathLike[str]) -> None:
+    """Put the names in ``folder`` on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

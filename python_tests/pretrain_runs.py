@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from forks import fork, run_ranks
+from worker_processes import difference
 
 from galore_kernels import checkpoint
 from galore_kernels.pretrain import main
@@ -18,6 +20,10 @@ STEPS = 12
 NANO = ["--hidden", "64", "--intermediate", "176", "--layers", "2", "--heads", "2", "--sequence", "32", "--batch", "4",
         "--steps", str(STEPS), "--rank", "8", "--update-proj-gap", "5", "--eval-every", "4", "--val-windows", "8",
         "--device", "cpu"]  # fmt: skip
+
+#: What a run imports when it needs it.
+_LATE = ("transformers.models.llama.modeling_llama", "matplotlib.pyplot", "torch.distributed.fsdp",
+         "torch.distributed.checkpoint.state_dict")  # fmt: skip
 
 # Neither divides the other nor the steps: sessions end between lines of the log, and between saves.
 EVERY = ["--log-every", "3", "--save-every", "5"]
@@ -79,20 +85,28 @@ def assert_equal(left: Any, right: Any, place: str = "") -> None:
 
 
 def start_in_child(arguments: list[str]) -> int:
-    """Run the command line in a forked child (its imports are done, unlike those of a new process)."""
-    with warnings.catch_warnings():  # Python 3.12 warns of forking beside idle threads; the child uses none of them
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        torch.set_num_threads(1)
-        status = main(arguments)
-    finally:
-        os._exit(status)
+    """Run the command line in a forked child."""
+    return fork(lambda: main(arguments))
 
 
-def exit_status(child: int) -> int:
-    """What the child returned, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def run_parallel(world: int, arguments: list[str], before: Callable[[int], None] | None = None) -> list[int]:
+    """The exit statuses of the command line in so many processes; ``before(rank)`` is called first."""
+    for module in _LATE:  # once here, not once in each process
+        importlib.import_module(module)
+
+    def work(rank: int) -> int:
+        if before is not None:
+            before(rank)
+        return main(arguments)
+
+    return run_ranks(world, work)
+
+
+def resume(out: Path, name: str, *more: str) -> list[str]:
+    """Arguments that go on with a run."""
+    return ["--out", str(out), "--resume", str(out / name), "--device", "cpu", "--threads", "1", *EVERY, *more]
+
+
+def weights_differ(out: Path, one: str, other: str) -> float:
+    """The largest relative difference of two runs' final weights, tensor by tensor."""
+    return difference(*(last_state(out, name)["model"] for name in (one, other)))

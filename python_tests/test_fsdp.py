@@ -10,7 +10,7 @@ import pytest
 import torch
 from fsdp_process import CASES, HALF, SAVED, TARGETS, Training, Uneven, result_of
 from torch import Tensor
-from worker_processes import run
+from worker_processes import difference, run
 
 from galore_kernels import galore_param_groups
 
@@ -68,11 +68,6 @@ def alone_for(name: str, steps: int) -> dict[str, Tensor]:
     training = Training.begin(CASES[name], sharded=False)
     training.train(0, steps)
     return training.weights()
-
-
-def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """The largest relative difference of two models' weights, tensor by tensor."""
-    return max(float((first[name] - second[name]).norm() / second[name].norm()) for name in second)
 
 
 @pytest.mark.parametrize("case", [name for name in OWN if name != "mixed precision"])

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "subspace": {"ops", "quantizers"},
     "optim": {"nn", "subspace", "ops", "quantizers"},
     "nn": {"subspace", "ops", "quantizers"},
-    "distributed": {"optim"},
+    "distributed": {"optim", "checkpoint"},
     "integrations": {"optim", "nn", "subspace", "ops", "quantizers", "checkpoint"},
     "compat": {"optim", "ops", "quantizers", "subspace"},
     # What users import: everything but the hosts' integrations, others' names and the program.

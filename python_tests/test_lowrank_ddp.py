@@ -8,7 +8,7 @@ import pytest
 import torch
 from factored_cases import Model
 from lowrank_ddp_process import CASES, SENSITIVE, STEPS, TARGETS, Wide, train
-from worker_processes import run
+from worker_processes import difference, run
 
 from galore_kernels import galore_param_groups
 
@@ -23,11 +23,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run("lowrank_ddp_process", tmp_path_factory.mktemp("four"), 4, ["hook", "accumulation"])
-
-
-def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
-    """The largest relative difference of two models' weights, tensor by tensor."""
-    return max(float((first[name] - second[name]).norm() / second[name].norm()) for name in second)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if not name.endswith("plain DDP")])

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from forks import exit_status
 from pretrain_runs import (
     EVERY,
     NANO,
     STEPS,
     assert_equal_runs,
-    exit_status,
     log_lines,
     nano,
     start_in_child,

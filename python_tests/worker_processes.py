@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def run(module: str, folder: Path, world: int, *arguments: Any, timeout: float = 240) -> list[Any]:
@@ -26,3 +27,8 @@ def run(module: str, folder: Path, world: int, *arguments: Any, timeout: float =
             worker.kill()
             worker.wait()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest relative difference of two models' weights, tensor by tensor."""
+    return max(float((first[name] - second[name]).norm() / second[name].norm()) for name in second)

@@ -121,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     machine.add_argument("--parallel", choices=PARALLEL, default="none",
-                         help="ddp: the processes that torchrun has started share each batch")  # fmt: skip
+                         help="of the processes that torchrun has started: ddp shares each batch among them, fsdp2 "
+                         "weights and optimizer state as well")  # fmt: skip
     machine.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     return parser
 
@@ -147,7 +148,7 @@ def _train(options: argparse.Namespace) -> bool:
         "log_every": _positive("--log-every", options.log_every, preset.log_every),
         "save_every": _positive("--save-every", options.save_every, preset.save_every),
     }
-    with processes(options.parallel, config.batch, device) as own, tempfile.TemporaryDirectory() as elsewhere:
+    with processes(options.parallel, config, device) as own, tempfile.TemporaryDirectory() as elsewhere:
         # The first process' alone is the run's folder and the cache's; the others read no file that it writes.
         out = options.out if own.is_first else Path(elsewhere)
         corpus = load_corpus(config, out / "cache")

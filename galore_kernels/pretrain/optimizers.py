@@ -11,7 +11,7 @@ import torch
 from . import rivals
 from .config import Config
 
-__all__ = ["build_optimizer", "load_optimizer_state", "optimizer_state", "package_versions", "subspace_report"]
+__all__ = ["build_optimizer", "package_versions", "subspace_report"]
 
 _BETAS = (0.9, 0.999)
 
@@ -28,21 +28,6 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optim
         PretrainError: the package of the chosen rival is not installed.
     """
     return _BUILDERS[config.optimizer](model, config)
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, config: Config) -> dict[str, Any]:
-    """State as tensors and plain values."""
-    if config.optimizer in _EXPORTED:
-        return rivals.export_state(optimizer)
-    return optimizer.state_dict()
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, config: Config, state: dict[str, Any]) -> None:
-    """Put back what :func:`optimizer_state` returned."""
-    if config.optimizer in _EXPORTED:
-        rivals.import_state(optimizer, state)
-    else:
-        optimizer.load_state_dict(state)
 
 
 def subspace_report(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -196,6 +181,3 @@ _BUILDERS: dict[str, Callable[[torch.nn.Module, Config], torch.optim.Optimizer]]
     "galore_torch_adafactor": _galore_torch_adafactor,
     "apollo_torch": _apollo_torch,
 }
-
-# Their own state_dict would not survive a weights-only checkpoint, or would come back cast.
-_EXPORTED = frozenset(("adamw8bit", "galore_torch", "galore_torch8bit", "galore_torch_adafactor", "apollo_torch"))

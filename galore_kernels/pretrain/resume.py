@@ -12,7 +12,7 @@ from galore_kernels import checkpoint
 
 from .config import Config, PretrainError, differences
 from .corpus import Corpus
-from .optimizers import load_optimizer_state, optimizer_state
+from .states import load_states
 
 __all__ = ["Progress", "find_checkpoints", "load_checkpoint", "restore_run", "save_run"]
 
@@ -36,12 +36,15 @@ def save_run(
     folder: Path,
     config: Config,
     corpus: Corpus,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: dict[str, Any],
+    optimizer: dict[str, Any],
     progress: Progress,
     device: torch.device,
 ) -> Path:
     """Write ``checkpoint-STEP.pt`` to ``folder`` and remove all but it and the one before.
+
+    Args:
+        model, optimizer: of :func:`galore_kernels.pretrain.states.whole_states`.
 
     Raises:
         CheckpointError: it could not be written; the earlier ones are as they were.
@@ -55,8 +58,8 @@ def save_run(
         "config": config.to_dict(),
         "corpus": corpus.facts(),
         "progress": dict(vars(progress)),
-        "model": model.state_dict(),
-        "optimizer": optimizer_state(optimizer, config),
+        "model": model,
+        "optimizer": optimizer,
         "random": random_state,
     }
     checkpoint.save(state, path)
@@ -107,8 +110,7 @@ def restore_run(
             f'"{path}" belongs to another configuration: {differing}. Resume with the options and the text it began '
             "with (options that are left out come from the checkpoint), or begin a new run"
         )
-    model.load_state_dict(state["model"])
-    load_optimizer_state(optimizer, config, state["optimizer"])
+    load_states(model, optimizer, config, state["model"], state["optimizer"])
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random"]["cuda"])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .config import PretrainError
+from .parallel import own_part
 
 __all__ = [
     "export_state",
@@ -87,6 +88,8 @@ def _without_cuda_synchronize() -> Iterator[None]:
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in the optimizer's state, each tensor once, including those that objects there hold.
 
+    Of what processes have parts of, this one's.
+
     A tensor counts its own elements, which is kind to galore_torch: in float32 its basis is a view that keeps the
     whole square factor of its SVD alive.
     """
@@ -95,7 +98,8 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     while pending:
         value = pending.pop()
         if isinstance(value, torch.Tensor):
-            sizes[(str(value.device), value.data_ptr())] = value.numel() * value.element_size()
+            own = own_part(value)
+            sizes[(str(own.device), own.data_ptr())] = own.numel() * own.element_size()
         elif isinstance(value, dict):
             pending.extend(value.values())
         elif isinstance(value, (list, tuple)):

@@ -16,10 +16,11 @@ from .corpus import Corpus
 from .display import Display
 from .machine import SignalWatch, machine_facts, peak_memory, sole_trainer
 from .optimizers import build_optimizer, package_versions, subspace_report
-from .parallel import ALONE, Processes
+from .parallel import ALONE, Processes, own_part
 from .resume import Progress, restore_run, save_run
 from .rivals import optimizer_state_bytes
 from .runlog import RunLog
+from .states import whole_states
 
 __all__ = ["RunInterruptedError", "build_model", "train", "validation_loss"]
 
@@ -92,6 +93,7 @@ def train(
     """
     with sole_trainer(folder), SignalWatch() as signals:
         model = build_model(config, corpus.vocabulary).to(device)
+        processes.divide(model, device)
         model.train()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(model, config)
@@ -100,7 +102,7 @@ def train(
             "corpus": {"description": corpus.description, **corpus.facts()},
             "parameters": parameters,
             "optimizer": repr(optimizer),
-            "machine": machine_facts(device),
+            "machine": machine_facts(device) | {"processes": processes.world, "parallel": processes.parallel},
             "versions": package_versions(),
         }
         progress = Progress() if resume is None else restore_run(resume, config, corpus, model, optimizer)
@@ -119,16 +121,17 @@ def train(
             return run.to_the_end(signals)
 
 
-@torch.no_grad()
-def validation_loss(model: torch.nn.Module, corpus: Corpus, batch: int, device: torch.device) -> float:
-    """Mean negative log-likelihood over the validation windows, in nats a token."""
-    model.eval()
-    total = 0.0
-    for begin in range(0, len(corpus.validation), batch):
-        rows = corpus.rows(corpus.validation[begin : begin + batch]).to(device)
-        total += float(model(input_ids=rows, labels=rows).loss) * len(rows)
-    model.train()
-    return total / len(corpus.validation)
+def validation_loss(
+    model: torch.nn.Module, corpus: Corpus, batch: int, device: torch.device, processes: Processes = ALONE
+) -> float:
+    """Mean negative log-likelihood over the validation windows, in nats a token; each process takes its share."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with processes.evaluates(model):
+        for begin in range(0, len(corpus.validation), batch):
+            rows = corpus.rows(corpus.validation[begin : begin + batch]).to(device)
+            own = processes.share(rows)
+            total += model(input_ids=own, labels=own).loss.double() * len(rows)
+    return processes.mean(total) / len(corpus.validation)
 
 
 @dataclass
@@ -163,10 +166,10 @@ class _Run:
                 self._log_interval()
             if progress.step % self.config.eval_every == 0 or last:
                 self._validate()
-            received = self.processes.agree(signals.received)
-            if progress.step % self.save_every == 0 or last or received is not None:
+            received = self.processes.largest(signals.received or 0)
+            if progress.step % self.save_every == 0 or last or received:
                 self._save()
-            if received is not None and not last:
+            if received and not last:
                 raise RunInterruptedError(received, progress.step, self.folder)
         final = self.log.write(
             "final",
@@ -190,7 +193,7 @@ class _Run:
         micro_batches = torch.split(rows.to(self.device), config.batch)
         for number, micro_batch in enumerate(micro_batches, 1):
             own = self.processes.share(micro_batch)
-            with self.processes.waits(self.trained, last=number == len(micro_batches)):
+            with self.processes.accumulates(self.trained, last=number == len(micro_batches)):
                 loss = self.trained(input_ids=own, labels=own).loss / config.accumulate
                 loss.backward()
             total += loss.detach()
@@ -218,7 +221,7 @@ class _Run:
 
     def _validate(self) -> None:
         begin = time.perf_counter()
-        loss = validation_loss(self.model, self.corpus, self.config.batch, self.device)
+        loss = validation_loss(self.model, self.corpus, self.config.batch, self.device, self.processes)
         self.progress.seconds += time.perf_counter() - begin
         self._expect_finite(loss, "validation", self.progress.step)
         self.progress.validation_loss = round(loss, 6)
@@ -228,13 +231,15 @@ class _Run:
             self.display.show(self.log.write("subspaces", step=self.progress.step, layers=subspaces))
 
     def _save(self) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        finite = all(bool(own_part(parameter).isfinite().all()) for parameter in self.model.parameters())
+        if self.processes.largest(not finite):
             # The loss of this step was that of the weights before it. A good checkpoint must not make way for this.
             raise self._not_finite("some weights are no longer finite", self.progress.step)
+        model, optimizer = whole_states(self.model, self.optimizer, self.config)  # all processes have a part in it
         if not self.processes.is_first:
             return
         self.log.sync()  # the checkpoint's step promises that the log is complete up to it
-        path = save_run(self.folder, self.config, self.corpus, self.model, self.optimizer, self.progress, self.device)
+        path = save_run(self.folder, self.config, self.corpus, model, optimizer, self.progress, self.device)
         self.display.show({"kind": "saved", "step": self.progress.step, "path": str(path)})
 
     def _memory(self) -> dict[str, int]:
