@@ -1,0 +1,244 @@
+"""What each of the processes of ``test_accelerate.py`` does."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from factored_cases import TARGETS, loss_of
+from fsdp_process import whole
+from hf_models import RANK, arguments, llama, texts
+from hf_models import TARGETS as LLAMA_TARGETS
+from lowrank_ddp_process import Wide, counting, raised, samples
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from galore_kernels import APOLLOFusedAdamW, GaLoreFusedAdam8bit, GaLoreFusedAdamW, galore_param_groups, prepare
+from galore_kernels.distributed import reduce_lowrank
+from galore_kernels.integrations.huggingface import SubspaceCallback, trainer_optimizer
+
+STEPS, HALF = 8, 4
+MICRO = 2  # backward passes to a step
+CLIP = 0.5
+#: By the kind of state dict, its optimizer.
+KINDS = {"SHARDED_STATE_DICT": GaLoreFusedAdamW, "FULL_STATE_DICT": GaLoreFusedAdam8bit}
+
+Make = Callable[[nn.Module], Any]
+
+
+def new_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Wide()
+
+
+def made(model: nn.Module, kind: Make = GaLoreFusedAdamW, rank: int = 4) -> Any:
+    return kind(galore_param_groups(model, TARGETS, rank=rank, update_proj_gap=3), lr=1e-2)  # type: ignore[call-arg]
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(param).clone() for name, param in model.named_parameters()}
+
+
+def use_fsdp2(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
+    """What Accelerate does itself on every device but the CPU, where it takes no notice of the plugin."""
+    assert state.distributed_type == DistributedType.MULTI_CPU
+    assert not hasattr(state, "fsdp_plugin")
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+    assert state.is_fsdp2
+
+
+def new_accelerator(**plugin: Any) -> Accelerator:
+    """Of FSDP2, or without ``plugin`` of DDP."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    options = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", **plugin) if plugin else None
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO, fsdp_plugin=options)
+    if options is not None:
+        use_fsdp2(accelerator.state, options)
+    return accelerator
+
+
+def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, steps: range, clip: float | None = CLIP) -> None:
+    rank = accelerator.process_index
+    for step in steps:
+        for micro in range(MICRO):
+            inputs, targets = samples(step, micro)
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, (inputs[rank::2], targets[rank::2])))
+                if accelerator.sync_gradients and clip is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def train_alone(clip: float | None = CLIP) -> dict[str, Tensor]:
+    """One process with the samples of both, and without Accelerate."""
+    model = new_model()
+    optimizer = made(model)
+    for step in range(STEPS):
+        for micro in range(MICRO):
+            (loss_of(model, samples(step, micro)) / MICRO).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+# ---------------------------------------------------------------------- FSDP2
+
+
+def fsdp2(folder: str) -> dict[str, Any]:
+    """By the kind of state dict: weights at the end, after a return to a checkpoint, and of others that load it."""
+    found = {}
+    for state_dict_type, kind in KINDS.items():
+        accelerator = new_accelerator(state_dict_type=state_dict_type)
+
+        def begin(seed: int, accelerator: Accelerator = accelerator, kind: Make = kind) -> tuple[nn.Module, Any]:
+            model = new_model(seed)
+            return accelerator.prepare(model, made(model, kind))  # type: ignore[no-any-return]
+
+        model, optimizer = begin(seed=0)
+        train(accelerator, model, optimizer, range(HALF))
+        accelerator.save_state(f"{folder}/{state_dict_type}")
+        train(accelerator, model, optimizer, range(HALF, STEPS))
+        results: dict[str, Any] = {
+            "kinds": {type(param).__name__ for group in optimizer.param_groups for param in group["params"]},
+            "refreshes": [entry["refreshes"] for entry in optimizer.optimizer.subspace_report().values()],
+            "whole": weights_of(model),
+        }
+        accelerator.load_state(f"{folder}/{state_dict_type}")
+        train(accelerator, model, optimizer, range(HALF, STEPS))
+        results["returned"] = weights_of(model)
+        accelerator.free_memory()
+        model, optimizer = begin(seed=1)
+        accelerator.load_state(f"{folder}/{state_dict_type}")
+        train(accelerator, model, optimizer, range(HALF, STEPS))
+        found[state_dict_type] = {**results, "resumed": weights_of(model)}
+    return found
+
+
+def refused(folder: str) -> dict[str, str]:
+    """The messages: of what needs whole matrices, of prepared layers, of an optimizer that ``prepare`` isn't given."""
+
+    def step(change: Callable[[nn.Module], Any], make: Make) -> None:
+        accelerator = new_accelerator(cpu_ram_efficient_loading=False)
+        model = new_model()
+        change(model)
+        model, optimizer = accelerator.prepare(model, make(model))
+        train(accelerator, model, optimizer, range(1))
+
+    def left_out() -> None:
+        accelerator = new_accelerator(cpu_ram_efficient_loading=False)
+        model = new_model()
+        other = made(model)
+        model, optimizer = accelerator.prepare(model, made(model))
+        train(accelerator, model, optimizer, range(1))
+        other.step()
+
+    nothing = lambda model: None  # noqa: E731
+    calls: dict[str, Callable[[], None]] = {
+        "apollo": partial(step, nothing, partial(made, kind=APOLLOFusedAdamW)),
+        "prepared": partial(step, partial(prepare, target_modules=TARGETS, rank=4), made),
+        "left out": left_out,
+    }
+    return {name: raised((ValueError, RuntimeError), call) for name, call in calls.items()}
+
+
+# ---------------------------------------------------------------------- DDP with reduce_lowrank
+
+
+def reduced(folder: str) -> dict[str, Any]:
+    """Weights with plain DDP, and with ``reduce_lowrank``; the message about Accelerate's wrapper."""
+    found: dict[str, Any] = {}
+    for name in ("plain", "reduced"):
+        accelerator = new_accelerator()
+        inner = new_model()
+        model, optimizer = accelerator.prepare(inner, made(inner))
+        if name == "reduced":
+            found["wrapper"] = raised(TypeError, partial(reduce_lowrank, model, optimizer))
+            reduce_lowrank(model, optimizer.optimizer)
+        with counting() as sent:
+            train(accelerator, model, optimizer, range(STEPS), clip=None)
+        found[name] = weights_of(inner)
+        found[f"bytes, {name}"] = sum(sent)
+    return found
+
+
+# ---------------------------------------------------------------------- the Trainer
+
+
+class OnCpu(Trainer):
+    """Which shards the model on the CPU too, where the arguments ask for it."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            use_fsdp2(self.accelerator.state, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
+            self.is_fsdp_enabled = True
+
+
+class ReduceLowrank(TrainerCallback):
+    """As a user has it: once the Trainer has wrapped the model."""
+
+    trainer: Trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reduce_lowrank(self.trainer.model_wrapped, self.trainer.optimizer.optimizer)  # type: ignore[arg-type]
+
+
+def trained(folder: str, *callbacks: TrainerCallback, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    """Weights and logs of a Trainer's six steps; it leaves a checkpoint after the fourth, or goes on from there."""
+    args = trainer_arguments(folder, 1, save_strategy="steps", save_steps=4, **changes)
+    trainer = OnCpu(**trainer_kwargs(args), callbacks=[SubspaceCallback(), *callbacks])
+    for callback in callbacks:
+        callback.trainer = trainer  # type: ignore[attr-defined]
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4" if resume else None)
+    return {
+        "model": type(trainer.model_wrapped).__name__,
+        "weights": weights_of(trainer.model),  # type: ignore[arg-type]
+        "refreshes": [entry["subspace_refreshes"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def trainer_arguments(folder: str | Path, batch: int, **changes: Any) -> TrainingArguments:
+    return arguments(folder, per_device_train_batch_size=batch, **changes)
+
+
+def trainer_kwargs(args: TrainingArguments) -> dict[str, Any]:
+    optimizer = trainer_optimizer(args, target_modules=LLAMA_TARGETS, rank=RANK, update_proj_gap=2)
+    model = llama(attention_dropout=0.0)
+    return {"model": model, "args": args, "train_dataset": texts(), "optimizer_cls_and_kwargs": optimizer}
+
+
+def trainer(folder: str) -> dict[str, Any]:
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    found = {}
+    for name, changes in {"ddp": {}, "fsdp2": {"fsdp": True, "fsdp_config": layers}}.items():
+        own = f"{folder}/trainer-{name}"
+        found[name] = trained(own, **copy.deepcopy(changes))
+        found[f"{name}, resumed"] = trained(own, resume=True, **copy.deepcopy(changes))
+    found["reduced"] = trained(f"{folder}/trainer-reduced", ReduceLowrank(), max_grad_norm=0.0)
+    return found
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """A process: what it saw in each part."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    torch.save({part.__name__: part(folder) for part in (fsdp2, refused, reduced, trainer)}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
