@@ -191,8 +191,8 @@ def test_an_unknown_option_names_those_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "stage", "host"),
     [
-        ({"fsdp": True, "fsdp_config": {"version": 1}}, 0, r'FSDP without fsdp_config=\{"version": 2\}'),
-        ({"fsdp": True, "fsdp_config": {"version": 2, "xla": True}}, 0, "FSDP without"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, 0, r'FSDP1 \(fsdp_config=\{"version": 2\} is FSDP2\)'),
+        ({"fsdp": True, "fsdp_config": {"version": 2, "xla": True}}, 0, "XLA's FSDP"),
         ({}, 1, "DeepSpeed ZeRO 1"),
         ({}, 3, "DeepSpeed ZeRO 3"),
     ],

@@ -184,9 +184,11 @@ def _refuse_flattening(args: Any) -> None:
     host, plugin = None, getattr(args, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage != 0:
         host = f"DeepSpeed ZeRO {plugin.zero_stage}"
-    # FSDP1 was the default in transformers 5.2, and XLA's has no plugin.
-    if getattr(args, "fsdp", None) and (args.fsdp_plugin_args or {}).get("fsdp_version") != 2:
-        host = 'FSDP without fsdp_config={"version": 2}'
+    fsdp = args.fsdp_plugin_args if getattr(args, "fsdp", None) else {"fsdp_version": 2}
+    if fsdp is None:
+        host = "XLA's FSDP"
+    elif fsdp.get("fsdp_version") != 2:  # the default of transformers 5.2
+        host = 'FSDP1 (fsdp_config={"version": 2} is FSDP2)'
     if host is not None:
         raise ValueError(
             f"TrainingArguments ask for {host}, which flattens the matrices that are to be projected; "
