@@ -30,10 +30,6 @@ from galore_kernels.integrations.huggingface import SubspaceCallback, trainer_op
 STEPS, HALF = 8, 4
 MICRO = 2  # backward passes to a step
 CLIP = 0.5
-#: By the kind of state dict, its optimizer.
-KINDS = {"SHARDED_STATE_DICT": GaLoreFusedAdamW, "FULL_STATE_DICT": GaLoreFusedAdam8bit}
-
-Make = Callable[[nn.Module], Any]
 
 
 def new_model(seed: int = 0) -> nn.Module:
@@ -41,11 +37,19 @@ def new_model(seed: int = 0) -> nn.Module:
     return Wide()
 
 
-def made(model: nn.Module, kind: Make = GaLoreFusedAdamW, rank: int = 4) -> Any:
-    return kind(galore_param_groups(model, TARGETS, rank=rank, update_proj_gap=3), lr=1e-2)  # type: ignore[call-arg]
+def made(model: nn.Module, kind: Callable[..., Any] = GaLoreFusedAdamW, rank: int = 4) -> Any:
+    return kind(galore_param_groups(model, TARGETS, rank=rank, update_proj_gap=3), lr=1e-2)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+#: By the kind of state dict, the optimizer that it is tried with; 288 x 32 moments are 8-bit in halves too.
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "SHARDED_STATE_DICT": made,
+    "FULL_STATE_DICT": partial(made, kind=GaLoreFusedAdam8bit, rank=32),
+}
+
+
+def weights_of(model: nn.Module | None) -> dict[str, Tensor]:
+    assert model is not None
     return {name: whole(param).clone() for name, param in model.named_parameters()}
 
 
@@ -58,14 +62,16 @@ def use_fsdp2(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -
     assert state.is_fsdp2
 
 
-def new_accelerator(**plugin: Any) -> Accelerator:
-    """Of FSDP2, or without ``plugin`` of DDP."""
+def new_accelerator(state_dict_type: str | None = None) -> Accelerator:
+    """Of FSDP2 with that kind of state dict; without one of DDP."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    options = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", **plugin) if plugin else None
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO, fsdp_plugin=options)
-    if options is not None:
-        use_fsdp2(accelerator.state, options)
+    if state_dict_type is None:
+        return Accelerator(cpu=True, gradient_accumulation_steps=MICRO)
+    options = {"auto_wrap_policy": "no_wrap", "state_dict_type": state_dict_type}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO, fsdp_plugin=plugin)
+    use_fsdp2(accelerator.state, plugin)
     return accelerator
 
 
@@ -100,60 +106,58 @@ def train_alone(clip: float | None = CLIP) -> dict[str, Tensor]:
 
 
 def fsdp2(folder: str) -> dict[str, Any]:
-    """By the kind of state dict: weights at the end, after a return to a checkpoint, and of others that load it."""
-    found = {}
-    for state_dict_type, kind in KINDS.items():
-        accelerator = new_accelerator(state_dict_type=state_dict_type)
+    """By the kind of state dict, what became of it."""
+    return {kind: trained_fsdp2(f"{folder}/{kind}", kind) for kind in OPTIMIZERS}
 
-        def begin(seed: int, accelerator: Accelerator = accelerator, kind: Make = kind) -> tuple[nn.Module, Any]:
-            model = new_model(seed)
-            return accelerator.prepare(model, made(model, kind))  # type: ignore[no-any-return]
 
-        model, optimizer = begin(seed=0)
-        train(accelerator, model, optimizer, range(HALF))
-        accelerator.save_state(f"{folder}/{state_dict_type}")
-        train(accelerator, model, optimizer, range(HALF, STEPS))
-        results: dict[str, Any] = {
-            "kinds": {type(param).__name__ for group in optimizer.param_groups for param in group["params"]},
-            "refreshes": [entry["refreshes"] for entry in optimizer.optimizer.subspace_report().values()],
-            "whole": weights_of(model),
-        }
-        accelerator.load_state(f"{folder}/{state_dict_type}")
-        train(accelerator, model, optimizer, range(HALF, STEPS))
-        results["returned"] = weights_of(model)
-        accelerator.free_memory()
-        model, optimizer = begin(seed=1)
-        accelerator.load_state(f"{folder}/{state_dict_type}")
-        train(accelerator, model, optimizer, range(HALF, STEPS))
-        found[state_dict_type] = {**results, "resumed": weights_of(model)}
-    return found
+def trained_fsdp2(checkpoint: str, state_dict_type: str) -> dict[str, Any]:
+    """Weights at the end, after a return to a checkpoint, and those of another model that has loaded it."""
+    accelerator, make = new_accelerator(state_dict_type), OPTIMIZERS[state_dict_type]
+    inner = new_model()
+    model, optimizer = accelerator.prepare(inner, make(inner))
+    train(accelerator, model, optimizer, range(HALF))
+    accelerator.save_state(checkpoint)
+    train(accelerator, model, optimizer, range(HALF, STEPS))
+    values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    results: dict[str, Any] = {
+        "parameters": {type(param).__name__ for group in optimizer.param_groups for param in group["params"]},
+        "is 8-bit": torch.uint8 in {value.dtype for value in values},
+        "refreshes": [entry["refreshes"] for entry in optimizer.optimizer.subspace_report().values()],
+        "whole": weights_of(model),
+    }
+    accelerator.load_state(checkpoint)
+    train(accelerator, model, optimizer, range(HALF, STEPS))
+    results["returned"] = weights_of(model)
+    accelerator.free_memory()
+    inner = new_model(seed=1)
+    model, optimizer = accelerator.prepare(inner, make(inner))
+    accelerator.load_state(checkpoint)
+    train(accelerator, model, optimizer, range(HALF, STEPS))
+    return {**results, "resumed": weights_of(model)}
 
 
 def refused(folder: str) -> dict[str, str]:
     """The messages: of what needs whole matrices, of prepared layers, of an optimizer that ``prepare`` isn't given."""
 
-    def step(change: Callable[[nn.Module], Any], make: Make) -> None:
-        accelerator = new_accelerator(cpu_ram_efficient_loading=False)
-        model = new_model()
-        change(model)
-        model, optimizer = accelerator.prepare(model, make(model))
+    def step(inner: nn.Module, optimizer: Any) -> None:
+        accelerator = new_accelerator("SHARDED_STATE_DICT")
+        model, optimizer = accelerator.prepare(inner, optimizer)
         train(accelerator, model, optimizer, range(1))
+
+    def apollo() -> None:
+        step(model := new_model(), made(model, APOLLOFusedAdamW))
+
+    def prepared() -> None:
+        step(model := prepare(new_model(), TARGETS, rank=4), made(model))
 
     def left_out() -> None:
-        accelerator = new_accelerator(cpu_ram_efficient_loading=False)
         model = new_model()
         other = made(model)
-        model, optimizer = accelerator.prepare(model, made(model))
-        train(accelerator, model, optimizer, range(1))
+        step(model, made(model))
         other.step()
 
-    nothing = lambda model: None  # noqa: E731
-    calls: dict[str, Callable[[], None]] = {
-        "apollo": partial(step, nothing, partial(made, kind=APOLLOFusedAdamW)),
-        "prepared": partial(step, partial(prepare, target_modules=TARGETS, rank=4), made),
-        "left out": left_out,
-    }
-    return {name: raised((ValueError, RuntimeError), call) for name, call in calls.items()}
+    errors = ValueError, RuntimeError
+    return {call.__name__: raised(errors, call) for call in (apollo, prepared, left_out)}
 
 
 # ---------------------------------------------------------------------- DDP with reduce_lowrank
@@ -195,7 +199,8 @@ class ReduceLowrank(TrainerCallback):
     trainer: Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reduce_lowrank(self.trainer.model_wrapped, self.trainer.optimizer.optimizer)  # type: ignore[arg-type]
+        optimizer: Any = self.trainer.optimizer
+        reduce_lowrank(self.trainer.model_wrapped, optimizer.optimizer)  # type: ignore[arg-type]
 
 
 def trained(folder: str, *callbacks: TrainerCallback, resume: bool = False, **changes: Any) -> dict[str, Any]:
@@ -207,7 +212,7 @@ def trained(folder: str, *callbacks: TrainerCallback, resume: bool = False, **ch
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4" if resume else None)
     return {
         "model": type(trainer.model_wrapped).__name__,
-        "weights": weights_of(trainer.model),  # type: ignore[arg-type]
+        "weights": weights_of(trainer.model),
         "refreshes": [entry["subspace_refreshes"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
@@ -225,7 +230,8 @@ def trainer_kwargs(args: TrainingArguments) -> dict[str, Any]:
 def trainer(folder: str) -> dict[str, Any]:
     layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     found = {}
-    for name, changes in {"ddp": {}, "fsdp2": {"fsdp": True, "fsdp_config": layers}}.items():
+    hosts: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp2": {"fsdp": True, "fsdp_config": layers}}
+    for name, changes in hosts.items():
         own = f"{folder}/trainer-{name}"
         found[name] = trained(own, **copy.deepcopy(changes))
         found[f"{name}, resumed"] = trained(own, resume=True, **copy.deepcopy(changes))

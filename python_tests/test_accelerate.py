@@ -18,7 +18,7 @@ from worker_processes import run
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers", minversion="5.2")
 
-from accelerate_process import KINDS, train_alone, trainer_arguments, trainer_kwargs, weights_of
+from accelerate_process import OPTIMIZERS, train_alone, trainer_arguments, trainer_kwargs, weights_of
 from transformers import Trainer
 
 pytestmark = pytest.mark.slow
@@ -41,11 +41,12 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((left[name] - right[name]).norm() / right[name].norm()) for name in right)
 
 
-@pytest.mark.parametrize("state_dict_type", KINDS)
+@pytest.mark.parametrize("state_dict_type", OPTIMIZERS)
 def test_an_optimizer_made_before_fsdp2_trains_its_dtensors_and_resumes(results: Results, state_dict_type: str) -> None:
     for own in results:
         found = own["fsdp2"][state_dict_type]
-        assert found["kinds"] == {"DTensor"}
+        assert found["parameters"] == {"DTensor"}
+        assert found["is 8-bit"] is (state_dict_type == "FULL_STATE_DICT")
         assert found["refreshes"] == [3, 3, 3]
         assert_same(found["whole"], results[0]["fsdp2"][state_dict_type]["whole"])
         assert_same(found["returned"], found["whole"])
@@ -61,7 +62,7 @@ def test_fsdp2_with_accumulation_and_clipping_trains_as_one_process_does(results
     [
         ("apollo", r"each process has a part of it \(fully_shard\), and APOLLOFusedAdamW needs norms"),
         ("prepared", "no optimizer has: .*; fully_shard takes no prepared layers, DDP does"),
-        ("left out", r"fully_shard has put a DTensor in the place of.*make the optimizer after fully_shard"),
+        ("left_out", r"fully_shard has put a DTensor in the place of.*make the optimizer after fully_shard"),
     ],
 )
 def test_what_fsdp2_can_t_train_is_refused_at_the_first_step(results: Results, case: str, message: str) -> None:

@@ -45,6 +45,8 @@ def trainer_optimizer(
     Only trainable parameters are given to it: of a PEFT model the adapters. Those whose names are targets are projected
     as any other matrix, their ranks clamped to min(m, n); a weight with several names is projected if one is a target.
 
+    Processes may share the work by DDP, FSDP2 or ZeRO stage 0; what flattens the matrices is refused.
+
     Args:
         args: the Trainer's TrainingArguments.
         optimizer: the name of an optimizer of ``galore_kernels``, or its class.
