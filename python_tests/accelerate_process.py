@@ -137,7 +137,7 @@ def trained_fsdp2(checkpoint: str, state_dict_type: str) -> dict[str, Any]:
 
 
 def refused(folder: str) -> dict[str, str]:
-    """The messages: of what needs whole matrices, of prepared layers, of an optimizer that ``prepare`` isn't given."""
+    """The messages: of what needs whole matrices, of prepared layers, of optimizers that it gets late or never."""
 
     def step(inner: nn.Module, optimizer: Any) -> None:
         accelerator = new_accelerator("SHARDED_STATE_DICT")
@@ -156,8 +156,16 @@ def refused(folder: str) -> dict[str, str]:
         step(model, made(model))
         other.step()
 
+    def trained_before() -> None:
+        model = new_model()
+        optimizer = made(model)
+        loss_of(model, samples(0, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step(model, optimizer)
+
     errors = ValueError, RuntimeError
-    return {call.__name__: raised(errors, call) for call in (apollo, prepared, left_out)}
+    return {call.__name__: raised(errors, call) for call in (apollo, prepared, left_out, trained_before)}
 
 
 # ---------------------------------------------------------------------- DDP with reduce_lowrank

@@ -63,6 +63,7 @@ def test_fsdp2_with_accumulation_and_clipping_trains_as_one_process_does(results
         ("apollo", r"each process has a part of it \(fully_shard\), and APOLLOFusedAdamW needs norms"),
         ("prepared", "no optimizer has: .*; fully_shard takes no prepared layers, DDP does"),
         ("left_out", r"fully_shard has put a DTensor in the place of.*make the optimizer after fully_shard"),
+        ("trained_before", "expected its state of the steps before.*prepare first, and load the state afterwards"),
     ],
 )
 def test_what_fsdp2_can_t_train_is_refused_at_the_first_step(results: Results, case: str, message: str) -> None:

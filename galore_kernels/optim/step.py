@@ -270,7 +270,7 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def check_held(self) -> None:
         """Raises ValueError or RuntimeError if a wrapper has flattened the parameters, or put others in their place."""
-        self._given.check((name, param) for _, name, param, _ in self._named_params())
+        self._given.check(((name, param) for _, name, param, _ in self._named_params()), self.state)
 
     def _agree(self, shards: Sequence[Shard]) -> None:
         """Raises ValueError, once and in all processes, if those that have parts have other parameters or options."""
