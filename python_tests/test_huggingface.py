@@ -15,6 +15,7 @@ pytest.importorskip("transformers", minversion="5.2")
 pytest.importorskip("accelerate")
 
 from hf_models import RANK, TARGETS, arguments, llama, texts, trained
+from refusals import REMEDY
 from transformers import RobertaConfig, RobertaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from galore_kernels import (
@@ -187,12 +188,28 @@ def test_an_unknown_option_names_those_there_are(tmp_path: Path) -> None:
         trainer_optimizer(arguments(tmp_path), target_modules=TARGETS, rnak=4)
 
 
-@pytest.mark.parametrize(("key", "host"), [("deepspeed_plugin", "DeepSpeed"), ("fsdp", "FSDP")])
-def test_hosts_that_flatten_are_refused(key: str, host: str, tmp_path: Path) -> None:
-    args = arguments(tmp_path)
-    setattr(args, key, object())
-    with pytest.raises(ValueError, match=f"ask for {host}, which flattens"):
+@pytest.mark.parametrize(
+    ("changes", "stage", "host"),
+    [
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, 0, r'FSDP1 \(fsdp_config=\{"version": 2\} is FSDP2\)'),
+        ({"fsdp": True, "fsdp_config": {"version": 2, "xla": True}}, 0, "XLA's FSDP"),
+        ({}, 1, "DeepSpeed ZeRO 1"),
+        ({}, 3, "DeepSpeed ZeRO 3"),
+    ],
+)
+def test_hosts_that_flatten_are_refused(changes: dict[str, Any], stage: int, host: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path, **changes)
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+    with pytest.raises(ValueError, match=f"ask for {host}, which flattens the matrices.*{REMEDY}"):
         trainer_optimizer(args, target_modules=TARGETS)
+
+
+def test_fsdp2_and_zero_0_are_taken(tmp_path: Path) -> None:
+    args = arguments(tmp_path, fsdp=True, fsdp_config={"version": 2})
+    assert trainer_optimizer(args, target_modules=TARGETS)
+    args = arguments(tmp_path)
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=0)
+    assert trainer_optimizer(args, target_modules=TARGETS)
 
 
 def test_layerwise_refuses_a_gradient_scaler(tmp_path: Path) -> None:
@@ -206,7 +223,9 @@ def test_weights_that_were_flattened_are_refused(tmp_path: Path) -> None:
     model = llama()
     layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
     layer.weight = nn.Parameter(layer.weight.detach().flatten())
-    with pytest.raises(ValueError, match=r"up_proj\.weight: expected a matrix to project, got shape \(1536,\)"):
+    with pytest.raises(
+        ValueError, match=rf"up_proj\.weight: expected a matrix to project, got shape \(1536,\);.*{REMEDY}"
+    ):
         made(model, arguments(tmp_path), target_modules=TARGETS)
 
 

@@ -96,10 +96,10 @@ def reduce_lowrank(model: DistributedDataParallel, optimizer: LowRankOptimizer) 
         optimizer = GaLoreFusedAdam8bit(galore_param_groups(model.module), lr=1e-2)
         reduce_lowrank(model, optimizer)
 
-    Accumulate under ``model.no_sync()``. ``clip_grad_norm_`` then clips by the norm of the projections (as with
-    prepared layers), which is the norm of what moves the weights; between the backward pass and the step a projected
-    parameter's ``.grad`` holds its projection, and has no other meaning. Prepared layers need none of this: what DDP
-    averages of them has rank r already.
+    Accumulate under ``model.no_sync()``, as Accelerate's ``accumulate(model)`` does. ``clip_grad_norm_`` then clips by
+    the norm of the projections (as with prepared layers), which is the norm of what moves the weights; between the
+    backward pass and the step a projected parameter's ``.grad`` holds its projection, and has no other meaning.
+    Prepared layers need none of this: what DDP averages of them has rank r already.
 
     Args:
         model: wrapped, with no other communication hook.
@@ -112,7 +112,10 @@ def reduce_lowrank(model: DistributedDataParallel, optimizer: LowRankOptimizer) 
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model: expected a DistributedDataParallel, got {type(model).__name__}; wrap the model first")
     if not isinstance(optimizer, LowRankOptimizer):
-        raise TypeError(f"optimizer: expected one of galore_kernels, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer: expected one of galore_kernels, got {type(optimizer).__name__}; of Accelerate's wrapper pass "
+            "what it wraps, optimizer.optimizer"
+        )
     if not optimizer.rule.takes_lowrank:
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} scales the whole gradient, of which no projection is enough; "

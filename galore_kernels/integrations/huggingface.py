@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from galore_kernels import optim
-from galore_kernels.nn import TargetModules, lowrank_gradient_of
+from galore_kernels.nn import INSTEAD_OF_FLATTENING, TargetModules, lowrank_gradient_of
 from galore_kernels.optim import LayerwiseOptimizer, galore_param_groups
 
 
@@ -44,6 +44,8 @@ def trainer_optimizer(
 
     Only trainable parameters are given to it: of a PEFT model the adapters. Those whose names are targets are projected
     as any other matrix, their ranks clamped to min(m, n); a weight with several names is projected if one is a target.
+
+    Processes may share the work by DDP, FSDP2 or ZeRO stage 0; what flattens the matrices is refused.
 
     Args:
         args: the Trainer's TrainingArguments.
@@ -181,13 +183,19 @@ def _targets(args: Any, target_modules: TargetModules | None) -> TargetModules:
 
 
 def _refuse_flattening(args: Any) -> None:
-    asked = {"DeepSpeed": getattr(args, "deepspeed_plugin", None), "FSDP": getattr(args, "fsdp", None)}
-    for host, value in asked.items():
-        if value:
-            raise ValueError(
-                f"TrainingArguments ask for {host}, which flattens or shards the matrices that are to be projected; "
-                "train without it (a prepared model, or 8-bit moments, where memory is short)"
-            )
+    host, plugin = None, getattr(args, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage != 0:
+        host = f"DeepSpeed ZeRO {plugin.zero_stage}"
+    fsdp = args.fsdp_plugin_args if getattr(args, "fsdp", None) else {"fsdp_version": 2}
+    if fsdp is None:
+        host = "XLA's FSDP"
+    elif fsdp.get("fsdp_version") != 2:  # the default of transformers 5.2
+        host = 'FSDP1 (fsdp_config={"version": 2} is FSDP2)'
+    if host is not None:
+        raise ValueError(
+            f"TrainingArguments ask for {host}, which flattens the matrices that are to be projected; "
+            f"{INSTEAD_OF_FLATTENING}"
+        )
 
 
 def _refuse_layerwise(args: Any) -> None:
@@ -231,8 +239,8 @@ def _refuse_flattened(groups: list[dict[str, Any]]) -> None:
         for name, param in group["params"]:
             if "rank" in group and (param.dim() != 2 or param.numel() == 0):
                 raise ValueError(
-                    f"{name}: expected a matrix to project, got shape {tuple(param.shape)}: FSDP and DeepSpeed flatten "
-                    "or empty the weights; train without them, or leave the layer out of target_modules"
+                    f"{name}: expected a matrix to project, got shape {tuple(param.shape)}; leave the layer out of "
+                    f"target_modules, or, if what wraps the model has flattened it, {INSTEAD_OF_FLATTENING}"
                 )
 
 

@@ -22,8 +22,12 @@ Pairs = list[tuple[Tensor, Tensor]]
 class Owner(Protocol):
     """The optimizer of a ``LowRankGradient``."""
 
-    def find_first_basis(self, gradient: LowRankGradient, factors: Pairs) -> None:
-        """Gives ``gradient`` the first basis, found in ``factors``, unless they hold no directions."""
+    def find_first_basis(self, gradient: LowRankGradient, factors: Pairs) -> bool:
+        """Gives ``gradient`` the first basis, found in ``factors``, unless they hold no directions.
+
+        Returns:
+            Whether it has the gradient's carrier; nothing is done otherwise.
+        """
 
 
 class LowRankGradient(CarriedGradient):
@@ -103,13 +107,12 @@ class LowRankGradient(CarriedGradient):
     def _look_at(self, grad_output: Tensor, inputs: Tensor, *, is_borrowed: bool) -> None:
         if self.basis is None:
             owner = self.owner() if self.owner is not None else None
-            if owner is None:
+            if owner is None or not owner.find_first_basis(self, [(grad_output, inputs)]):
                 raise RuntimeError(
                     "a backward pass through a prepared layer that no optimizer has: make the optimizer from the "
                     "prepared model's parameters before the first backward pass, or unprepare the model; fully_shard "
                     "takes no prepared layers, DDP does"
                 )
-            owner.find_first_basis(self, [(grad_output, inputs)])
         elif self.keeps_factors:
             if self._is_accumulated and self.carrier.grad is None:  # somebody has given up what there was
                 self.factors, self._is_accumulated = [], False

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 from torch import Tensor, distributed, nn
 
@@ -28,12 +29,13 @@ class Given:
             self._references[id(param)] = weakref.ref(param)
             self._had_matrices |= param.dim() > 1
 
-    def check(self, held: Iterable[tuple[str, Tensor]]) -> None:
-        """Raises what is wrong with what the optimizer holds by now, (name, parameter) pairs.
+    def check(self, held: Iterable[tuple[str, Tensor]], states: Mapping[Tensor, Any]) -> None:
+        """Raises what is wrong with what the optimizer holds by now, (name, parameter) pairs, and with their states.
 
         Raises:
             ValueError: parameters are flattened, in place or by others in their place.
-            RuntimeError: others are in their place in the model, and no gradient will ever come to them.
+            RuntimeError: others are in their place in the model, and no gradient will ever come to them; or others are
+                in their place in the optimizer, and their states are left behind.
         """
         held = list(held)
         for name, param in held:
@@ -46,7 +48,20 @@ class Given:
                         f"{tuple(param.shape)} in the place of all matrices, which DeepSpeed does under ZeRO 1 and 2, "
                         f"and where bfloat16's gradients are added up in float32; {INSTEAD_OF_FLATTENING}"
                     )
+        self._check_states(held, states)
         self._check_belonging(held)
+
+    def _check_states(self, held: Sequence[tuple[str, Tensor]], states: Mapping[Tensor, Any]) -> None:
+        """Raises RuntimeError if DTensors are in the place of parameters that have been trained or loaded already."""
+        if any(states.get(param) for _, param in held):
+            return
+        left = {param.shape for param in states if isinstance(param, Tensor)}
+        for name, param in held:
+            if is_dtensor(param) and param.shape in left:
+                raise RuntimeError(
+                    f"{name}: expected its state of the steps before, got a DTensor in its place without it (under "
+                    "FSDP2 Accelerate's prepare puts it there); prepare first, and load the state afterwards"
+                )
 
     def _knows(self, param: Tensor) -> bool:
         reference = self._references.get(id(param))

@@ -170,14 +170,17 @@ class SteppingOptimizer(UpdatingOptimizer):
             raise
 
     @torch.no_grad()
-    def find_first_basis(self, gradient: LowRankGradient, factors: Pairs) -> None:
+    def find_first_basis(self, gradient: LowRankGradient, factors: Pairs) -> bool:
         """Called by a prepared layer's first backward pass. See ``galore_kernels.nn.LowRankGradient``."""
         if not self._everything:
             self._everything = {id(update.param): update for update in self.listed()}
-        update = self._everything[id(gradient.carrier)]
+        update = self._everything.get(id(gradient.carrier))
+        if update is None:  # Accelerate has put a DTensor in its place
+            return False
         together = factors_of(update, factors)
         if together is not None and self._has_first_basis(update, together):
             gradient.use(self.state[update.param])
+        return True
 
     def _has_first_basis(self, update: Update, gradient: Gradient) -> bool:
         """Whether there is one now: found in ``gradient`` if there was none. No step is taken."""
@@ -267,7 +270,7 @@ class SteppingOptimizer(UpdatingOptimizer):
 
     def check_held(self) -> None:
         """Raises ValueError or RuntimeError if a wrapper has flattened the parameters, or put others in their place."""
-        self._given.check((name, param) for _, name, param, _ in self._named_params())
+        self._given.check(((name, param) for _, name, param, _ in self._named_params()), self.state)
 
     def _agree(self, shards: Sequence[Shard]) -> None:
         """Raises ValueError, once and in all processes, if those that have parts have other parameters or options."""
