@@ -1,4 +1,4 @@
-"""What each of the processes of ``test_fsdp.py`` and ``test_fsdp_checkpoint.py`` does."""
+"""What each of the processes of ``test_fsdp.py`` does."""
 
 from __future__ import annotations
 
