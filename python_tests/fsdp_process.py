@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,23 @@ class Uneven(Model):
         x = self.embedding(tokens)
         x = x + self.mlp_down(nn.functional.silu(self.mlp_up(x)))
         return self.head(x + torch.tanh(self.mlp_square(x)) + self.mlp_out(torch.sin(self.mlp_in(x))))
+
+
+class Several(Model):
+    """Matrices of one shape, some of them with fewer rows than there are processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for place in range(3):
+            self.add_module(f"mlp_in_{place}", nn.Linear(WIDTH, 3))
+            self.add_module(f"mlp_wide_{place}", nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for place in range(3):
+            narrow = self.get_submodule(f"mlp_in_{place}")(x).sum(dim=-1, keepdim=True)
+            x = x + torch.tanh(self.get_submodule(f"mlp_wide_{place}")(x)) * torch.sigmoid(narrow)
+        return self.head(x)
 
 
 @dataclass
@@ -307,6 +325,33 @@ def nan_in_one_part(folder: str) -> Any:
     return bases, training.optimizer.subspace_report(), training.optimizer.skipped_steps(), training.weights()
 
 
+def overflow(folder: str) -> Any:
+    """A step that GradScaler skips, which parts that have none skip as well."""
+    case = Case(options={"proj_type": "right"}, model=Uneven, gap=5)
+    training = Training.begin(case, sharded=True)
+    for step in range(12):
+        training.backward(step)
+        if step == 2:
+            training.optimizer.found_inf = torch.ones(())
+        training.optimizer.step()
+        training.optimizer.__dict__.pop("found_inf", None)
+        training.optimizer.zero_grad()
+    return training.optimizer.subspace_report(), training.weights()
+
+
+def in_batches_as_on_a_gpu(folder: str) -> Any:
+    """Searches of several matrices together, with some whose rows the last processes have none of."""
+    with patch("galore_kernels.optim.refresh.in_batches", lambda device: True):
+        training = Training.begin(Case(model=Several), sharded=True)
+        for step in range(8):
+            for name, layer in training.model.named_children():  # the others are due when the first isn't
+                layer.requires_grad_(step > 0 or name == "mlp_in_0")
+            training.backward(step)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+    return training.optimizer.subspace_report(), training.weights()
+
+
 def refusals(folder: str) -> dict[str, str]:
     def begin(**changes: Any) -> Callable[[], Training]:
         return lambda: Training.begin(replace(Case(), **changes), sharded=True)
@@ -345,5 +390,16 @@ def refusals(folder: str) -> dict[str, str]:
 
 TASKS: dict[str, Callable[[str], Any]] = {
     task.__name__: task
-    for task in (saving, resuming, importing, another_rank, another_model, nan_loss_on_one, nan_in_one_part, refusals)
+    for task in (
+        saving,
+        resuming,
+        importing,
+        another_rank,
+        another_model,
+        nan_loss_on_one,
+        nan_in_one_part,
+        overflow,
+        in_batches_as_on_a_gpu,
+        refusals,
+    )
 }

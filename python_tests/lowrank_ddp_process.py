@@ -79,6 +79,7 @@ CASES = {
     "searched, adaptive, warm, asynchronous": Case(
         options={"rank": 4, "refresh_schedule": "adaptive", "warm_start": True, "async_refresh": True}, model=Wide
     ),
+    "searched, asynchronous": Case(options={"rank": 4, "async_refresh": True, "update_proj_gap": 9}, model=Wide),
     "searched, both sides": Case(options={"rank": 4, "proj_type": "full"}, model=Wide),
 }
 

@@ -48,7 +48,7 @@ def three(folder: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def four(folder: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return run("fsdp_process", folder, 4, ["uneven", "replicas", "resuming"])
+    return run("fsdp_process", folder, 4, ["uneven", "replicas", "resuming", "overflow", "in_batches_as_on_a_gpu"])
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,15 @@ def test_a_part_that_is_skipped_doesnt_split_the_processes(two: list[dict[str, A
     # What sums projections has none without the others, and a basis is not found in half a gradient.
     assert list(skipped) == ['param group 0, parameter 1 ("mlp_down.weight")']
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("task", ["overflow", "in_batches_as_on_a_gpu"])
+def test_processes_without_rows_refresh_with_the_others(four: list[dict[str, Any]], task: str) -> None:
+    report, weights = four[0][task]
+    assert min(entry["refreshes"] for entry in report.values()) >= 1
+    for own in four[1:]:
+        assert own[task][0] == report
+        assert all(torch.equal(own[task][1][name], weight) for name, weight in weights.items())
 
 
 def test_what_needs_more_than_a_part_is_refused(two: list[dict[str, Any]]) -> None:

@@ -35,6 +35,7 @@ class LowRankReduction:
         self.optimizer, self.group = optimizer, group
         self._updates: dict[int, Update] = {}
         self._listed: object = None
+        self._has_begun = False
 
     def begin(self, *_: Any) -> None:
         """Before a forward pass: to what is projected already nothing can be added.
@@ -52,6 +53,7 @@ class LowRankReduction:
                 "model.no_sync()"
             )
         self.optimizer.packed.clear()
+        self._has_begun = False
         options = [self.optimizer.options_of(group) for group in self.optimizer.param_groups]
         listed = options, [id(param) for group in self.optimizer.param_groups for param in group["params"]]
         if listed != self._listed:
@@ -60,6 +62,9 @@ class LowRankReduction:
 
     def part_of(self, param: Tensor, grad: Tensor) -> "Part":
         """What is sent of the gradient ``grad`` of ``param``; where a basis is due, it is found, by all processes."""
+        if not self._has_begun:  # not before the forward pass, beside which asynchronous searches run
+            self.optimizer.take_pending()
+            self._has_begun = True
         update = self._updates.get(id(param))
         if update is None or update.carried is not None or update.layout.rank is None or not param.is_contiguous():
             return Part(grad, grad)

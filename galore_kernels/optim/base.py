@@ -49,7 +49,8 @@ class LowRankOptimizer(OneByOne):
         super().__init__(entries, defaults)
         self._is_made = True
         self._adopt()
-        shards = (shard_of(param) for group in self.param_groups for param in group["params"])
+        params = [param for group in self.param_groups for param in group["params"]]
+        shards = [shard_of(param) for param in params if not param.is_meta]
         self._agree([shard for shard in shards if shard is not None])
 
     # ------------------------------------------------------------------ groups
@@ -103,6 +104,7 @@ class LowRankOptimizer(OneByOne):
             elif gradient is not None:
                 check_dense(tensor, self._layout(tensor, complete), complete, where)
         super().add_param_group(group)
+        self._has_agreed = False
         self._given.add(self.param_groups[-1]["params"])
         if self._is_made:
             self._adopt()
@@ -141,7 +143,7 @@ class LowRankOptimizer(OneByOne):
             steps taken before the last; ``interval``, steps from then to the next. Takes over what an asynchronous
             refresh has found, and waits for it.
         """
-        self._take_pending()
+        self.take_pending()
         report = {}
         for _, name, param, group in self._named_params():
             state = self.state.get(param)
@@ -197,7 +199,7 @@ class LowRankOptimizer(OneByOne):
     # ------------------------------------------------------------------ persistence
 
     def __getstate__(self) -> dict[str, Any]:
-        self._take_pending()
+        self.take_pending()
         own = {key: self.__dict__[key] for key in ("_backend", "_ranks_are_explicit")}
         return {**super().__getstate__(), **own}
 
@@ -221,7 +223,7 @@ class LowRankOptimizer(OneByOne):
         Moments of DTensors (``fully_shard``) are DTensors, divided as the parameter; ``torch.distributed.checkpoint``
         saves them, and loads them into any number of processes. It leaves the checksums out.
         """
-        self._take_pending()
+        self.take_pending()
         state_dict = super().state_dict()
         for index, _, param, group in self._named_params():
             if is_dtensor(param) and index in state_dict["state"]:

@@ -71,27 +71,31 @@ class Given:
         """Raises RuntimeError for what FSDP has put another parameter in the place of in its module.
 
         Such a parameter has no mark: it looks like one that a step didn't use. So all modules are looked through,
-        where FSDP may be there, and when more parameters have no gradient than ever before.
+        where FSDP may be there, and when more parameters have no gradient than ever before. If one of ``held`` belongs
+        to a module, the model was not wrapped since, and the others may well belong to none.
         """
+        held = list(held)
         without = [(name, p) for name, p in held if p.grad is None and p.requires_grad and p.numel() > 0]
         if len(without) <= self._asked or not _fsdp_is_possible():
             return
         present = _parameters_of_modules()
         flattened = {shape for param in present for shape in getattr(param, "_shapes", ())}
         divided = {param.shape for param in present if is_dtensor(param)}
-        belonging = set(map(id, present))
+        self._asked = len(without)
+        if not {id(param) for _, param in held}.isdisjoint(map(id, present)):
+            return
         for name, param in without:
-            if id(param) in belonging or param.shape not in flattened | divided:
+            if param.shape not in flattened | divided:
                 continue
             what, remedy = "fully_shard has put a DTensor in the place of", "make the optimizer after fully_shard"
             if param.shape in flattened:
                 what = "FullyShardedDataParallel (FSDP1) has flattened into another"
                 remedy = INSTEAD_OF_FLATTENING
+            self._asked = 0
             raise RuntimeError(
                 f"{name}: expected a parameter of the model, got one that {what} since: it belongs to no module, gets "
                 f"no gradient, and would never be trained; {remedy}"
             )
-        self._asked = len(without)
 
 
 def _fsdp_is_possible() -> bool:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from galore_kernels.optim.counters import Counter, Counters
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.refresh import due_at
 from galore_kernels.optim.rules import Rule
-from galore_kernels.optim.shard import local
+from galore_kernels.optim.shard import locals_of
 from galore_kernels.optim.update import Update
 
 #: By the index of their parameters.
@@ -98,7 +98,7 @@ def observe(
             return math.nan
         options.append((kinds, values, len(group["params"])))
     given = [param for group in groups for param in group["params"]]
-    params = [*map(local, given), *weights]
+    params = [*cast(list[Tensor], locals_of(given)), *weights]
     placed = [param for param in params if id(param) not in carriers] if carriers else params
     present = [grad for grad in grads if grad is not None]
     own = own_states(states)

@@ -31,7 +31,7 @@ class OneByOne(SteppingOptimizer):
         """Checks the groups, takes over what asynchronous refreshes have found. All parameters, by their ids."""
         self._check_groups()
         self.check_held()
-        self._take_pending()
+        self.take_pending()
         self._everything = {id(update.param): update for update in self.listed()}
         return self._everything
 

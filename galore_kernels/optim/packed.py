@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -49,6 +49,12 @@ class PackedGradients:
         """What was found in the gradient of ``param``."""
         packed = self._packed.get(id(param))
         return None if packed is None else packed.found
+
+    def take_over(self, param: Tensor) -> None:
+        """What was found is in the state: another step with this gradient finds nothing new."""
+        packed = self._packed.get(id(param))
+        if packed is not None:
+            self._packed[id(param)] = replace(packed, found=None)
 
     def clear(self) -> None:
         """The gradients are gone."""

@@ -32,6 +32,10 @@ Changes = dict[str, Any]
 Found = dict[str, Subspace]
 
 
+#: What a state that is not there yet says of refreshes.
+_FRESH: dict[str, Any] = {"step": 0, "skipped": 0, **asdict(RefreshRecord())}
+
+
 def is_due(update: Update, state: Mapping[str, Any]) -> bool:
     """Whether the parameter's basis has to be found in this step. Reads its step counter.
 
@@ -66,12 +70,13 @@ def is_asynchronous(update: Update, state: Mapping[str, Any]) -> bool:
 def batches(updates: Sequence[Update], states: Mapping[Tensor, Mapping[str, Any]]) -> list[list[Update]]:
     """``updates`` in their order, but those whose bases are found in one search behind the first of them.
 
-    On a CPU each is by itself: see ``in_batches``.
+    On a CPU each is by itself: see ``in_batches``. What isn't due is too, so that processes which have different things
+    to update one by one search in the same order.
     """
     together: dict[object, list[Update]] = {}
     for update in updates:
         key: object = update.index
-        if update.layout.rank is not None and in_batches(update.param.device):
+        if in_batches(update.param.device) and is_due(update, states.get(update.param) or _FRESH):
             grad, group = update.grad, update.group
             warm = bool(states.get(update.param)) and group["warm_start"]
             kind = (grad.device, grad.dtype, matrix_shape(grad.shape), update.param.shape)
@@ -84,8 +89,7 @@ def find_together(batch: Sequence[Update], states: Mapping[Tensor, Mapping[str, 
     """What is found for a batch of several parameters, by the id of those that need it in this step."""
     if len(batch) == 1:
         return {}
-    fresh = {"step": 0.0, **asdict(RefreshRecord())}
-    pairs = [(update, states.get(update.param) or fresh) for update in batch]
+    pairs = [(update, states.get(update.param) or _FRESH) for update in batch]
     due = [(update, state) for update, state in pairs if is_due(update, state) and not is_asynchronous(update, state)]
     if not due:
         return {}

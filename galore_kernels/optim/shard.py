@@ -7,13 +7,15 @@ in every process.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -29,6 +31,13 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():  # else it would be a new view
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
+
+
+def locals_of(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What ``local`` gives of each."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return list(tensors)
+    return [tensor if tensor is None or type(tensor) in _PLAIN_TYPES else local(tensor) for tensor in tensors]
 
 
 def placements(tensor: object) -> tuple[Any, ...] | None:

@@ -24,7 +24,7 @@ from galore_kernels.optim.refresh import (
     take_over,
 )
 from galore_kernels.optim.scalars import Unscaling
-from galore_kernels.optim.shard import Shard, check_sharding, local
+from galore_kernels.optim.shard import Shard, check_sharding, locals_of
 from galore_kernels.optim.state import Layout
 from galore_kernels.optim.update import Update
 from galore_kernels.optim.updating import UpdatingOptimizer, warn_caller, worth_telling
@@ -126,7 +126,7 @@ class SteppingOptimizer(UpdatingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         factored.check_owner(self._prepared, self)
-        self._take_pending()
+        self.take_pending()
         unscaling = Unscaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         put_off = dict(self._put_off)
         plan, grads, capture = self._planned(unscaling)
@@ -207,7 +207,7 @@ class SteppingOptimizer(UpdatingOptimizer):
         factored.tell_layers(updates, self.state, self._counters)
 
     @torch.no_grad()
-    def _take_pending(self) -> None:
+    def take_pending(self) -> None:
         """Puts the bases that asynchronous refreshes of the last step have found into the state."""
         devices = self._pending.devices()
         if devices and multi_tensor.capturing(devices):
@@ -223,8 +223,7 @@ class SteppingOptimizer(UpdatingOptimizer):
     def _planned(self, unscaling: Unscaling) -> tuple[Plan, list[Tensor | None], bool]:
         """The step's plan, all parameters' gradients, and whether a CUDA graph is being captured. Changes nothing."""
         params = [param for group in self.param_groups for param in group["params"]]
-        grads = [None if grad is None else local(grad) for grad in (param.grad for param in params)]
-        grads = list(self.packed.seen(params, grads))
+        grads = list(self.packed.seen(params, locals_of([param.grad for param in params])))
         plan, self._plan = self._plan, None
         if (
             plan is not None

@@ -219,7 +219,7 @@ class UpdatingOptimizer(Optimizer):
                     weight_scale=update.weight_scale,
                     backend=self._backend,
                 )
-            else:  # of parts that have none
+            elif options.found_inf is None or not bool(options.found_inf):  # of parts that have none
                 state["step"] += 1
             int(state["step"])  # here the host waits, and here Ctrl-C strikes
             agreed = layout.shard is not None
@@ -233,6 +233,7 @@ class UpdatingOptimizer(Optimizer):
             # Of parts some may be skipped while others aren't: what was found in all of them is taken over by all.
             if taken or agreed:
                 take_over(state, changed)
+                self.packed.take_over(param)
             if fresh and (taken or skips):
                 self.state[param] = state
             if taken or skips > skipped:
