@@ -82,8 +82,9 @@ class LayerwiseOptimizer(Optimizer):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             raise RuntimeError(
-                "LayerwiseOptimizer: DDP averages gradients after this has used them; use the optimizer itself, "
-                "with a prepared model where memory is short"
+                "LayerwiseOptimizer: expected one process: DDP averages gradients after this has used them, and "
+                "fully_shard divides them; use the optimizer itself, with a prepared model under DDP where memory is "
+                "short"
             )
         self.optimizer = optimizer
         self.accumulation_steps, self.max_grad_norm, self.clipping = accumulation_steps, max_grad_norm, clipping

@@ -1,7 +1,8 @@
 """Parameters of which each process has a part: DTensors, as FSDP2 (``fully_shard``) makes them.
 
 The state of such a parameter is that of its part: moments of the rows that the process has. Bases are whole, the same
-in every process.
+in every process: each finds them by the same steps in the same sums. Among the replicas of HSDP that rests on sums
+coming out alike in different groups of processes (gloo's do, which is tested).
 """
 
 from __future__ import annotations
