@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from galore_kernels.optim.base import LowRankOptimizer
-from galore_kernels.optim.processes import check_agreement, is_thin, summed
+from galore_kernels.optim.processes import check_agreement, searches_thinly, summed
 from galore_kernels.optim.refresh import Found
 from galore_kernels.optim.update import Update
 
@@ -69,7 +69,11 @@ class LowRankReduction:
         if update is None or update.carried is not None or update.layout.rank is None or not param.is_contiguous():
             return Part(grad, grad)
         due = self.optimizer.is_due(update)
-        if param.dim() != 2 or math.prod(update.layout.moments) >= param.numel() or (due and not is_thin(update)):
+        if (
+            param.dim() != 2
+            or math.prod(update.layout.moments) >= param.numel()
+            or (due and not searches_thinly(update))
+        ):
             return Part(grad, grad)
         found = self.optimizer.find(update, summed(grad, self.group)) if due else None
         return Part(grad, self.optimizer.projected(update, grad, found).to(grad.dtype), update, found)

@@ -18,7 +18,7 @@ from torch import Tensor
 from galore_kernels.ops.projection import long_short
 from galore_kernels.optim.options import matrix_shape
 from galore_kernels.optim.update import Update
-from galore_kernels.subspace import AllReduce, Factors, SummedGradient, block_columns, exchanged
+from galore_kernels.subspace import AllReduce, Factors, SummedGradient, block_columns, exchanged, is_thin
 
 if TYPE_CHECKING:
     from galore_kernels.optim.rules import Rule
@@ -63,9 +63,9 @@ def _description(optimizer: str, rule: Rule, param_groups: Sequence[Mapping[str,
     return f"{optimizer}: " + "; ".join(described)
 
 
-def is_thin(update: Update) -> bool:
+def searches_thinly(update: Update) -> bool:
     """Whether finding the basis by thin products, and sending the projection, takes fewer bytes than the gradient."""
-    layout, itemsize = update.layout, update.param.element_size()
+    layout = update.layout
     long, short = long_short(matrix_shape(update.param.shape), layout.side or "")
     columns = block_columns((long, short), layout.rank or 0, update.group["refresh_method"])
     if columns is None:
@@ -73,8 +73,7 @@ def is_thin(update: Update) -> bool:
     searches = [exchanged(long, short, columns)]
     if "long_basis" in layout.bases:
         searches.append(exchanged(short, long, columns))
-    thin = torch.float32.itemsize * sum(map(sum, searches)) + itemsize * math.prod(layout.moments)
-    return thin < itemsize * update.param.numel()
+    return is_thin(searches, math.prod(layout.moments), update.param.numel(), update.param.element_size())
 
 
 def summed(grad: Tensor, group: dist.ProcessGroup) -> SummedGradient:

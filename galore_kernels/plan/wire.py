@@ -14,7 +14,7 @@ import torch
 from galore_kernels.plan.optimizers import Parameter
 from galore_kernels.plan.settings import Settings
 from galore_kernels.plan.shapes import LlamaShape, Matrix
-from galore_kernels.subspace import block_columns, exchanged
+from galore_kernels.subspace import block_columns, exchanged, is_thin
 
 __all__ = [
     "PASSES",
@@ -95,11 +95,10 @@ def _searched(settings: Settings, matrix: Matrix) -> Sent:
     (long, short), columns = settings.long_short(matrix), _columns(settings, matrix)
     if columns is None:
         return _whole(settings, matrix)
-    search = tuple(_FLOAT * numbers for numbers in exchanged(long, short, columns))
-    itemsize = settings.dtype.itemsize
-    if sum(search) + itemsize * settings.lowrank(matrix) >= itemsize * matrix.numel:
+    numbers, lowrank = exchanged(long, short, columns), settings.lowrank(matrix)
+    if not is_thin([numbers], lowrank, matrix.numel, settings.dtype.itemsize):
         return _whole(settings, matrix)
-    return Sent(settings.lowrank(matrix), search)
+    return Sent(lowrank, tuple(_FLOAT * number for number in numbers))
 
 
 def _factors_refreshed(settings: Settings, matrix: Matrix) -> Sent:

@@ -11,7 +11,7 @@ from galore_kernels.subspace.ranks import RANK_MULTIPLE, RankChoices, choose_ran
 from galore_kernels.subspace.refresh import REFRESH_METHODS, find_subspace, find_subspaces, refresh_basis
 from galore_kernels.subspace.schedule import MOMENTS_ON_REFRESH, REFRESH_SCHEDULES, RefreshRecord, Schedule, phases
 from galore_kernels.subspace.search import Subspace, block_columns
-from galore_kernels.subspace.sharded import ShardedGradient, SummedGradient, exchanged
+from galore_kernels.subspace.sharded import ShardedGradient, SummedGradient, exchanged, is_thin
 from galore_kernels.subspace.side import PROJ_TYPES, Side, projection_side
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "find_subspaces",
     "full_precision",
     "in_batches",
+    "is_thin",
     "phases",
     "project_rows",
     "projection_side",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -154,3 +155,12 @@ def exchanged(long: int, short: int, columns: int) -> tuple[int, ...]:
     """
     block = long * columns, columns * short
     return (1, columns * short, *block, *block)
+
+
+def is_thin(searches: Iterable[tuple[int, ...]], lowrank: int, gradient: int, itemsize: int) -> bool:
+    """Whether searches of ``exchanged`` numbers and a projection are fewer bytes than the gradient.
+
+    Args:
+        lowrank, gradient: their elements. itemsize: of an element of either.
+    """
+    return torch.float32.itemsize * sum(map(sum, searches)) + itemsize * lowrank < itemsize * gradient
