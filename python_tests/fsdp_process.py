@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from factored_cases import VOCABULARY, WIDTH, Model, loss_of
-from lowrank_ddp_process import counting, raised
+from factored_cases import WIDTH, Model, loss_of
+from lowrank_ddp_process import counting, raised, samples
 from optimizer_cases import OptimizerClass
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -103,12 +103,6 @@ CASES = {
 }
 
 
-def samples(step: int, micro: int) -> tuple[Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(100 * step + micro)
-    inputs = torch.randint(0, VOCABULARY, (SAMPLES, 12), generator=rng)
-    return inputs, (inputs * 7 + 3) % VOCABULARY
-
-
 @dataclass
 class Training:
     """A model and its optimizer, on one process or among others."""
@@ -136,7 +130,7 @@ class Training:
         """The gradients of a step; returns this process' loss."""
         total = 0.0
         for micro in range(self.case.micro):
-            inputs, targets = samples(step, micro)
+            inputs, targets = samples(step, micro, SAMPLES)
             if self.sharded:
                 rank, world = dist.get_rank(), dist.get_world_size()
                 inputs, targets = inputs[rank::world], targets[rank::world]
@@ -361,7 +355,7 @@ def refusals(folder: str) -> dict[str, str]:
         prepare(model, TARGETS, rank=8)
         fully_shard(model)
         GaLoreFusedAdamW(galore_param_groups(model, TARGETS, rank=8))
-        loss_of(model, samples(0, 0)).backward()
+        loss_of(model, samples(0, 0, SAMPLES)).backward()
 
     def adafactor() -> None:
         model = Model()

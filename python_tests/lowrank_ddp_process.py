@@ -93,9 +93,9 @@ SENSITIVE = (
 CASES |= {f"{name}, plain DDP": replace(CASES[name], plain=True) for name in SENSITIVE}
 
 
-def samples(step: int, micro: int) -> tuple[Tensor, Tensor]:
+def samples(step: int, micro: int, count: int = SAMPLES) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(100 * step + micro)
-    inputs = torch.randint(0, VOCABULARY, (SAMPLES, 12), generator=rng)
+    inputs = torch.randint(0, VOCABULARY, (count, 12), generator=rng)
     return inputs, (inputs * 7 + 3) % VOCABULARY
 
 

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from worker_processes import run
+from worker_processes import assert_same, difference, run
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers", minversion="5.2")
@@ -29,16 +27,6 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run("accelerate_process", tmp_path_factory.mktemp("accelerate"), 2)
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
-def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest relative difference of two models' weights, tensor by tensor."""
-    return max(float((left[name] - right[name]).norm() / right[name].norm()) for name in right)
 
 
 @pytest.mark.parametrize("state_dict_type", OPTIMIZERS)

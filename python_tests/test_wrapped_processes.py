@@ -7,10 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-import torch
 from refusals import AFTERWARDS, FLATTENED, LEFT_BEHIND, PARTITIONED, REPLACED
-from torch import Tensor
-from worker_processes import run
+from worker_processes import assert_same, difference, run
 from wrapped_process import train_alone
 
 pytestmark = pytest.mark.slow
@@ -29,16 +27,6 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """With DeepSpeed, whose first import may compile something."""
     pytest.importorskip("deepspeed")
     return [own["zero"] for own in run("wrapped_process", tmp_path_factory.mktemp("zero"), 2, ["zero"])]
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
-def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest relative difference of two models' weights, tensor by tensor."""
-    return max(float((left[name] - right[name]).norm() / right[name].norm()) for name in right)
 
 
 def test_optimizers_made_before_and_after_ddp_wraps_the_model_train_alike(results: Results) -> None:

@@ -32,3 +32,8 @@ def run(module: str, folder: Path, world: int, *arguments: Any, timeout: float =
 def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     """The largest relative difference of two models' weights, tensor by tensor."""
     return max(float((first[name] - second[name]).norm() / second[name].norm()) for name in second)
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
